@@ -1,0 +1,1 @@
+"""Shipped data of permed_compute (package permed_compute.cluster); read through importlib.resources only."""

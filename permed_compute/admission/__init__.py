@@ -1,0 +1,1 @@
+"""Deciding which waiting job starts where, and saying why the others do not."""

@@ -1,0 +1,1 @@
+"""Launching, watching and ending attempts; the worker that runs inside one."""

@@ -1,0 +1,1 @@
+"""Durable jobs and the hash-chained event log."""

@@ -1,0 +1,1 @@
+"""Files of finished parts and checkpoints."""

@@ -1,0 +1,1 @@
+"""Fakes, clocks, fault injection and conformance suites, for our tests and those of adapters elsewhere."""

@@ -1,0 +1,1 @@
+"""What ran, where and how well: records for a tracking server."""

@@ -1,0 +1,1 @@
+"""The two shapes of work, and the domains that have them."""
