@@ -95,7 +95,7 @@ def preset(name: str) -> Mapping[str, Any]:
 
 def site(name: str) -> Mapping[str, Any]:
     """The `settings:` section of `cluster/sites/<name>.yaml`."""
-    return _shipped("permed_compute.cluster", f"sites/{name}.yaml", "site").get("settings", {})
+    return dict(_shipped("permed_compute.cluster", f"sites/{name}.yaml", "site").get("settings", {}))
 
 
 def _shipped(package: str, file: str, kind: str) -> Mapping[str, Any]:
@@ -126,7 +126,7 @@ def _converted(name: str, value: Any, where: str) -> Any:
         near = difflib.get_close_matches(name, _FIELDS, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Settings are: {', '.join(_FIELDS)}."
         raise SettingsError(f"There is no setting {name!r} ({where}).", remedy=hint)
-    kind = type(_FIELDS[name].default)
+    kind: Any = type(_FIELDS[name].default)
     try:
         converted = kind(value)
     except (TypeError, ValueError):
