@@ -1,6 +1,6 @@
 """What the controller tells a tracking server. Records are spooled first, then sent: a server that is down loses none.
 
-A record is one JSON object with `kind` and `job_id`; `files.py` appends them to the spool, `mlflow.py` sends them.
+A record is one JSON file; `files.py` spools them, `mlflow.py` sends them.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from permed_compute.errors import EngineError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +32,18 @@ class RunRecord:
     artifacts: Sequence[str] = ()
 
 
+class RecordRefusedError(EngineError):
+    """The server is up but will not have this one record; the next one may well pass."""
+
+    code = "record-refused"
+
+
 class Tracker(Protocol):
     """A tracking server."""
 
     def send(self, record: RunRecord) -> str:
-        """Create or complete the run of that job; returns where a person finds it. Raises `EngineError` when down."""
+        """Create or complete the run of that job; returns where a person finds it.
+
+        Raises `EngineError` when the server is down, `RecordRefusedError` when it refuses this record.
+        """
         ...
