@@ -1,0 +1,328 @@
+"""One attempt from plan to exit record, on whatever crew the executor gives.
+
+map:   plan → parts (reused from the ledger, or handed to members as they free up) → reduce → the next round, or results
+gang:  all ranks together → results
+
+The driver writes the attempt's records, its results folder and, last, its exit record. It opens no database.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+from permed_compute.errors import EngineError, Finding, PermedError, StaleError, WorkloadError
+from permed_compute.execution import results
+from permed_compute.execution.context import WorkerContext
+from permed_compute.execution.port import Attempt
+from permed_compute.execution.records import Records
+from permed_compute.execution.worker import Crew, Row, WorkerLost, make_context, part_row, result_of
+from permed_compute.paths import AttemptPaths, HomePaths, read_json, write_json
+from permed_compute.queue.port import wall_clock
+from permed_compute.states import PartState
+from permed_compute.storage.ledger import Ledger, part_key
+from permed_compute.workloads import registry
+from permed_compute.workloads.port import DonePart, Gang, Map, Next, Part, Result
+
+_BEAT_S = 2.0
+_IN_FLIGHT = 2  # per member: one runs, the next one loads
+
+
+class _StoppedEarly(Exception):  # noqa: N818 - not an error: the attempt did as it was asked
+    """The attempt was asked to stop and has come to a point from which it can go on."""
+
+
+def drive(paths: AttemptPaths, make_crew: Callable[[Attempt], Crew], engine: Mapping[str, Any]) -> None:
+    """Run the attempt and write its exit record. Never raises: how it ended is the record's business.
+
+    `engine` is what the executor says of itself, for the manifest.
+    """
+    records = Records(paths.records())
+    records.write("started")
+    done = threading.Event()
+    threading.Thread(target=_beat, args=(records, done), name="permed-heartbeat", daemon=True).start()
+    ending: Row
+    try:
+        attempt = Attempt.read(paths)
+        if attempt is None:
+            raise WorkloadError("The attempt has no launch record.")
+        ending = _Drive(attempt, records, make_crew, engine).run()
+    except StaleError as error:
+        ending = {"outcome": "SUPERSEDED", "reason": error.code, "sentence": error.message}
+    except _StoppedEarly:
+        ending = {"outcome": "STOPPED", "reason": "stopped", "sentence": "It stopped where it can go on."}
+    except WorkerLost as error:
+        ending = {"outcome": "LOST", "reason": error.code, "sentence": error.message, "remedy": error.remedy}
+    except PermedError as error:
+        ending = {"outcome": "FAILED", "reason": error.code, "sentence": error.message, "remedy": error.remedy}
+    except Exception as error:  # noqa: BLE001 - whatever the workload raises ends this attempt, not the controller
+        records.write("log", text=traceback.format_exc(limit=-12))
+        sentence = f"{type(error).__name__} in the workload's plan, reduce or training."
+        ending = {"outcome": "FAILED", "reason": "code-error", "sentence": sentence, "remedy": "See `permed logs`."}
+    done.set()
+    write_json(paths.exit, {**ending, "at": wall_clock()})
+    records.write("ended", outcome=ending["outcome"])
+    records.close()
+
+
+def _beat(records: Records, done: threading.Event) -> None:
+    while not done.wait(_BEAT_S):
+        records.beat()
+
+
+@dataclass(slots=True)
+class _Task:
+    """A part that is not finished yet."""
+
+    part: Part
+    key: str
+    failures: int = 0
+    losses: int = 0
+    alone: bool = False
+    """It was in flight when a member was lost: run nothing beside it, so that the next loss has one suspect."""
+
+
+@dataclass(slots=True)
+class _Drive:
+    attempt: Attempt
+    records: Records
+    make_crew: Callable[[Attempt], Crew]
+    engine: Mapping[str, Any]
+    stages: dict[str, float] = field(default_factory=dict)
+    findings: list[Row] = field(default_factory=list)
+    metrics: list[Row] = field(default_factory=list)
+    part_rows: dict[str, Row] = field(default_factory=dict)
+    began: float = field(default_factory=time.time)
+
+    def run(self) -> Row:
+        found = registry.find(self.attempt.spec)
+        staging = self.attempt.paths.root / "results.new"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True, mode=0o700)
+        scratch = self.attempt.paths.scratch / "driver"
+        scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+        ctx = make_context(
+            self.attempt, emit=self._fold, device="cpu", threads=max(1, self.attempt.grants[0].cpu_milli // 1000),
+            scratch=scratch, out=staging,
+        )  # fmt: skip
+        crew = self.make_crew(self.attempt)
+        try:
+            if isinstance(found.workload, Map):
+                result, model = self._map(found, found.workload, ctx, crew)
+            else:
+                result, model = self._gang(found.workload, ctx, crew), ""
+            used = crew.facts()
+        finally:
+            crew.close()
+            shutil.rmtree(self.attempt.paths.scratch, ignore_errors=True)
+            Ledger(HomePaths(self.attempt.home).ledger, self.attempt.spec.scope()).abandon(
+                f"{self.attempt.job_id}.{self.attempt.number}"
+            )
+        ctx.digests.save()
+        return results.publish(
+            self.attempt, staging, result=result, parts=list(self.part_rows.values()), findings=self.findings,
+            metrics=self.metrics, stages=self.stages, used=used, engine=self.engine, version=found.version,
+            code_digest=found.code_digest, model_digest=model, began=self.began,
+        )  # fmt: skip
+
+    def _fold(self, kind: str, **values: Any) -> None:
+        """Take a record of the driver itself or of a part."""
+        if kind == "stage":
+            self.stages[values["name"]] = self.stages.get(values["name"], 0.0) + values["seconds"]
+        elif kind == "finding":
+            self.findings.append(values)
+        elif kind == "metric":
+            self.metrics.append(values | {"t": wall_clock()})
+        self.records.write(kind, **values)
+
+    # ------------------------------------------------------------------------------------- map
+
+    def _map(self, found: registry.Found, work: Map, ctx: WorkerContext, crew: Crew) -> tuple[Result | None, str]:
+        spec = self.attempt.spec
+        state_file = self.attempt.paths.job.state / "round.json"
+        saved = read_json(state_file) or {"round": 0, "state": {}}
+        model = work.model_digest(spec, ctx)
+        while True:
+            with ctx.stage("plan"):
+                parts = _named_once(list(work.plan(spec, saved["state"], ctx)))
+            ctx.digests.save()
+            done = self._parts(parts, found, model, crew, ctx)
+            if parts and not done:
+                return None, model
+            with ctx.stage("reduce"):
+                result = work.reduce(done, saved["state"], ctx)
+            if isinstance(result, Result):
+                return result, model
+            if not isinstance(result, Next):
+                raise WorkloadError(f"reduce returned {type(result).__name__}; it must return Result or Next.")
+            saved = {"round": saved["round"] + 1, "state": dict(result.state)}
+            write_json(state_file, saved)
+            self.records.write("round", round=saved["round"])
+
+    def _parts(
+        self, parts: list[Part], found: registry.Found, model: str, crew: Crew, ctx: WorkerContext
+    ) -> list[DonePart]:
+        ledger = Ledger(HomePaths(self.attempt.home).ledger, self.attempt.spec.scope())
+        waiting: deque[_Task] = deque()
+        self.part_rows = {}
+        keys: dict[str, str] = {}
+        for part in parts:
+            key = part_key(
+                inputs=part.inputs, params=part.params, model=model, workload=self.attempt.spec.workload,
+                version=found.version, variant="eager-float32",
+            )  # fmt: skip
+            keys[part.name] = key
+            entry = ledger.find(key)
+            if entry is None:
+                waiting.append(_Task(part, key))
+            else:
+                refused = entry.record["state"] == PartState.REFUSED
+                state = PartState.REFUSED if refused else PartState.REUSED
+                self._settle({"name": part.name, "key": key, "state": state.value, "seconds": 0.0, "reused": True})
+        self.records.write("plan", parts=len(parts), known=len(parts) - len(waiting))
+        if waiting:
+            _Handout(self, crew, waiting, ctx, self.attempt.spec.retries).run()
+        done = []
+        for part in parts:
+            row, entry = self.part_rows[part.name], ledger.find(keys[part.name])
+            if entry is None:
+                continue
+            row |= {
+                "values": entry.record["values"], "findings": entry.record["findings"],
+                "files": [str(name) for name in entry.files], "folder": str(entry.folder),
+            }  # fmt: skip
+            if row["state"] == PartState.REFUSED:
+                row["reason"] = entry.record["values"].get("reason", "refused")
+                continue
+            findings = [
+                Finding(f["code"], f["sentence"], f["severity"], f["about"], f["numbers"]) for f in row["findings"]
+            ]
+            reused = row["state"] == PartState.REUSED
+            done.append(DonePart(part, entry.record["values"], entry.folder, findings, reused))
+        return done
+
+    def _settle(self, row: Row) -> None:
+        """A part has come to its end: keep its row and tell the controller."""
+        for record in row.pop("records", ()):
+            self._fold(**record)
+        self.part_rows[row["name"]] = row
+        told = ("name", "key", "state", "seconds", "slot", "started", "first", "code", "reason", "remedy")
+        self.records.write("part", **{name: row[name] for name in told if name in row})
+
+    # ------------------------------------------------------------------------------------- gang
+
+    def _gang(self, work: Gang, ctx: WorkerContext, crew: Crew) -> Result:
+        (self.attempt.paths.root / "rendezvous").unlink(missing_ok=True)
+        row = {"world": crew.size, "out": str(ctx.out)}
+        ranks = [crew.start(slot, "rank", row) for slot in range(crew.size)]
+        with ctx.stage("train"):
+            wait(ranks, return_when="FIRST_EXCEPTION")
+            broken = next((future for future in ranks if future.done() and future.exception()), None)
+            if broken is not None:
+                raise broken.exception() or EngineError("A rank ended without a word.")
+            rows = [future.result() for future in ranks]
+        if any(row["stopped"] for row in rows):
+            raise _StoppedEarly
+        return result_of(rows[0]["result"])
+
+
+@dataclass(slots=True)
+class _Handout:
+    """Gives parts to members as they free up, and decides what a failure or a lost member means for them."""
+
+    drive: _Drive
+    crew: Crew
+    waiting: deque[_Task]
+    ctx: WorkerContext
+    retries: int
+    flying: dict[Future[Row], tuple[int, _Task]] = field(default_factory=dict)
+
+    def run(self) -> None:
+        while self.waiting or self.flying:
+            stop = self.ctx.should_stop()
+            if stop and not self.flying:
+                raise _StoppedEarly
+            if not stop:
+                self._hand_out()
+            landed, _ = wait(self.flying, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in landed:
+                self._land(future)
+
+    def _hand_out(self) -> None:
+        while self.waiting:
+            slot = self._slot_for(self.waiting[0])
+            if slot is None:
+                return
+            task = self.waiting.popleft()
+            row = {"part": part_row(task.part), "key": task.key}
+            self.flying[self.crew.start(slot, "part", row)] = (slot, task)
+
+    def _slot_for(self, task: _Task) -> int | None:
+        """The member with the least to do that may take this part, or None: wait for one to free up."""
+        flying = {slot: [t for s, t in self.flying.values() if s == slot] for slot in range(self.crew.size)}
+        room = 1 if task.alone else _IN_FLIGHT
+        fit = [slot for slot, tasks in flying.items() if len(tasks) < room and not any(t.alone for t in tasks)]
+        # A second part waits on a member only while every other member has work too.
+        return min(fit, key=lambda slot: (len(flying[slot]), slot), default=None)
+
+    def _land(self, future: Future[Row]) -> None:
+        if future not in self.flying:
+            return
+        slot, task = self.flying.pop(future)
+        error = future.exception()
+        if error is None:
+            self._landed(future.result(), task)
+        elif isinstance(error, WorkerLost):
+            self._lost(error, slot, task)
+        else:
+            raise error
+
+    def _landed(self, row: Row, task: _Task) -> None:
+        if row["state"] != PartState.FAILED:
+            self.drive._settle(row)
+            return
+        task.failures += 1
+        if task.failures <= self.retries and row["code"] != "workload":
+            self.drive.records.write("retry", name=task.part.name, code=row["code"], failures=task.failures)
+            self.waiting.append(task)
+        else:
+            self.drive._settle(row)
+
+    def _lost(self, error: WorkerLost, slot: int, task: _Task) -> None:
+        beside = [future for future, (other, _) in self.flying.items() if other == slot]
+        suspects = [task] + [self.flying.pop(future)[1] for future in beside]
+        self.drive.records.write("lost", slot=slot, code=error.code, parts=[t.part.name for t in suspects])
+        if len(suspects) == 1:
+            task.losses += 1
+        for suspect in suspects:
+            suspect.alone = True
+            if suspect.losses > self.retries:
+                self.drive._settle(
+                    {
+                        "name": suspect.part.name,
+                        "key": suspect.key,
+                        "state": PartState.FAILED.value,
+                        "seconds": 0.0,
+                        "code": error.code,
+                        "reason": error.message,
+                        "remedy": error.remedy,
+                    }
+                )
+            else:
+                self.waiting.appendleft(suspect)
+        self.crew.restart(slot)
+
+
+def _named_once(parts: list[Part]) -> list[Part]:
+    names = [part.name for part in parts]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise WorkloadError(f"The plan names {len(twice)} parts twice, first {twice[0]!r}.", remedy="Names are unique.")
+    return parts

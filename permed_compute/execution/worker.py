@@ -1,0 +1,285 @@
+"""What runs on a worker: a `Member` loads the workload's model once, keeps it, and works parts off; or trains one rank.
+
+Executors differ only in where members live: threads of this process, or Ray actors. Everything that crosses between
+driver and member is plain JSON-able rows, so that no executor's pickling decides what a workload may return.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+from permed_compute.errors import EngineError, Finding, PermedError, RefusedInput, StaleError, WorkloadError
+from permed_compute.execution.context import WorkerContext, check_fence, pseudonym_key
+from permed_compute.execution.port import Attempt
+from permed_compute.execution.records import Records
+from permed_compute.paths import AttemptPaths, HomePaths
+from permed_compute.queue.port import wall_clock
+from permed_compute.states import PartState
+from permed_compute.storage.digests import DigestCache
+from permed_compute.storage.ledger import Ledger
+from permed_compute.workloads import registry
+from permed_compute.workloads.port import Gang, Map, Part, Result
+
+Row = dict[str, Any]
+
+
+class WorkerLost(PermedError):  # noqa: N818 - what happened, in the words of `permed why`
+    """A member's process is gone, or was ended for what it did; `code` says which (`failure.REASONS`)."""
+
+    code = "worker-lost"
+
+    def __init__(self, message: str, *, code: str = "worker-lost", remedy: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.code = code
+
+
+class Crew(Protocol):
+    """The members of one attempt, by slot 0 … size-1, wherever they live."""
+
+    size: int
+
+    def start(self, slot: int, call: str, row: Row) -> Future[Row]:
+        """Begin `Member.<call>(row)` (`part` or `rank`). A lost member raises `WorkerLost` through the future."""
+        ...
+
+    def restart(self, slot: int) -> None:
+        """A fresh member in that slot, after its loss."""
+        ...
+
+    def facts(self) -> Mapping[str, Any]:
+        """Peak resident memory (`rss_peak_mib`), CPU seconds (`cpu_s`) of all members so far; engine facts."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Member:
+    """One worker of an attempt.
+
+    `isolated`: it has a process of its own, so it may set that process's GPU visibility and thread counts.
+    """
+
+    def __init__(
+        self, root: str, slot: int, *, isolated: bool, dask_get: Callable[..., Any] | None = None, gpu_env: str = ""
+    ) -> None:
+        attempt = Attempt.read(AttemptPaths(Path(root)))
+        if attempt is None:
+            raise WorkloadError(f"There is no launch record of attempt {Path(root).name}.")
+        self.attempt, self.slot, self.isolated = attempt, slot, isolated
+        grant = attempt.grants[slot]
+        self.threads = max(1, grant.cpu_milli // 1000)
+        self._dask_get = dask_get
+        self.device = self._claim_device(grant.flavor, grant.devices, gpu_env)
+        self._limit_threads()
+        self._model: Any = None
+        self._model_ready = False
+        self._run_lock = threading.Lock()
+        self._cache_lock = threading.Lock()
+        self._map: Map | None = None
+
+    # ------------------------------------------------------------------------------------- map
+
+    def part(self, row: Row) -> Row:
+        """Load, run and publish one part. Two calls may be under way: one loads while the other runs.
+
+        row: part (as `part_row`) and its key. Returns name, key, slot, state, seconds, started (ms), the part's own
+        records, and for FAILED code, reason, remedy. Exceptions of the workload become FAILED rows.
+        """
+        part = part_of(row["part"])
+        records: list[Row] = []
+        ledger = Ledger(self.attempt_home.ledger, self.attempt.spec.scope())
+        writer = f"{self.attempt.job_id}.{self.attempt.number}"
+        out = ledger.begin(row["key"], writer)
+        ctx = self._context(0, 1).for_part(row["key"], out, lambda kind, **v: records.append({"kind": kind, **v}))
+        started = wall_clock()
+        clock = time.perf_counter()
+        base: Row = {"name": part.name, "key": row["key"], "slot": self.slot, "started": started}
+        try:
+            values, findings, state = self._compute(part, ctx)
+            check_fence(self.attempt.paths)
+            record = {
+                "state": state.value, "subject": part.subject, "part": part.name, "values": values,
+                "findings": findings, "writer": writer, "at": wall_clock(),
+                "seconds": round(time.perf_counter() - clock, 4),
+            }  # fmt: skip
+            entry, first = ledger.publish(row["key"], out, record)
+            base |= {"state": entry.record["state"], "first": first}
+        except StaleError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a part's failure must not stop the others, whatever it raises
+            shutil.rmtree(out, ignore_errors=True)
+            base |= {"state": PartState.FAILED.value, **_reason(error)}
+            ctx.log(f"part {part.name} failed: {traceback.format_exc(limit=-8)}")
+        finally:
+            ctx.digests.save()
+        return base | {"seconds": round(time.perf_counter() - clock, 4), "records": records}
+
+    def _compute(self, part: Part, ctx: WorkerContext) -> tuple[Mapping[str, Any], list[Row], PartState]:
+        work = self._workload()
+        try:
+            data = work.load(part, ctx)
+            with self._run_lock:
+                if not self._model_ready:
+                    with ctx.stage("model"):
+                        self._model = work.model(self.attempt.spec, self._context(0, 1))
+                    self._model_ready = True
+                result = work.run(data, self._model, ctx)
+        except RefusedInput as refused:
+            # Deterministic: remembered in the ledger, so that the same bytes are not read again to be refused again.
+            return {"reason": str(refused)}, [refused.finding.as_dict()], PartState.REFUSED
+        return dict(result.values), [finding.as_dict() for finding in result.findings], PartState.DONE
+
+    def _workload(self) -> Map:
+        if self._map is None:
+            work = registry.find(self.attempt.spec).workload
+            if not isinstance(work, Map):
+                raise WorkloadError(f"{self.attempt.spec.workload} is not a map.")
+            self._map = work
+        return self._map
+
+    # ------------------------------------------------------------------------------------- gang
+
+    def rank(self, row: Row) -> Row:
+        """Train as one rank. row: out (staging folder of the results), world. Returns rank 0's result, or stopped."""
+        work = registry.find(self.attempt.spec).workload
+        if not isinstance(work, Gang):
+            raise WorkloadError(f"{self.attempt.spec.workload} is not a gang.")
+        records = Records(self.attempt.paths.records(f"rank-{self.slot}"))
+        ctx = self._context(self.slot, row["world"])
+        ctx.out, ctx.emit = Path(row["out"]), records.write
+        ctx.seed = self.attempt.spec.seed
+        leave = self._join(ctx, row["world"])
+        try:
+            result = work.train(self.attempt.spec, ctx)
+        except Exception as error:
+            ctx.log(f"rank {self.slot} failed: {traceback.format_exc(limit=-8)}")
+            if isinstance(error, PermedError):
+                raise
+            raise EngineError(f"Rank {self.slot}: {type(error).__name__}.", remedy="See `permed logs`.") from None
+        finally:
+            leave()
+            records.close()
+            ctx.digests.save()
+        if result is None:
+            return {"stopped": True}
+        return {"stopped": False, "result": result_row(result) if self.slot == 0 else None}
+
+    def _join(self, ctx: WorkerContext, world: int) -> Callable[[], None]:
+        """Join the other ranks (gloo on CPU, nccl on GPU); returns how to leave."""
+        if world == 1:
+            return lambda: None
+        import torch
+        import torch.distributed as dist
+
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if len({g.node for g in self.attempt.grants}) == 1 else "")
+        backend = "nccl" if self.device.startswith("cuda") else "gloo"
+        rendezvous = self.attempt.paths.root / "rendezvous"
+        dist.init_process_group(
+            backend, init_method=f"file://{rendezvous}", rank=self.slot, world_size=world, timeout=timedelta(minutes=10)
+        )
+
+        def agree(mine: bool) -> bool:
+            flag = torch.tensor([int(mine)], device=self.device if backend == "nccl" else "cpu")
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            return bool(flag.item())
+
+        ctx.agree, ctx.barrier = agree, dist.barrier
+        return dist.destroy_process_group
+
+    # ------------------------------------------------------------------------------------- both
+
+    @property
+    def attempt_home(self) -> HomePaths:
+        return HomePaths(self.attempt.home)
+
+    def _context(self, rank: int, world: int) -> WorkerContext:
+        scratch = self.attempt.paths.scratch / f"slot-{self.slot}"
+        scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return make_context(
+            self.attempt, emit=lambda *a, **k: None, device=self.device, threads=self.threads, scratch=scratch,
+            rank=rank, world=world, dask_get=self._dask_get,
+        )  # fmt: skip
+
+    def _claim_device(self, flavor: str, devices: tuple[int, ...], gpu_env: str) -> str:
+        if flavor == "cpu":
+            if self.isolated:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""
+            return "cpu"
+        if self.isolated:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu_env or ",".join(map(str, devices))
+            return "cuda:0"
+        return f"cuda:{devices[0]}"
+
+    def _limit_threads(self) -> None:
+        if self.isolated:
+            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
+                os.environ[name] = str(self.threads)
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(self.threads)
+
+
+def make_context(
+    attempt: Attempt, *, emit: Callable[..., None], device: str, threads: int, scratch: Path,
+    rank: int = 0, world: int = 1, dask_get: Callable[..., Any] | None = None, out: Path | None = None,
+) -> WorkerContext:  # fmt: skip
+    """A context for one user of the attempt: a member, or the driver for plan and reduce."""
+    home = HomePaths(attempt.home)
+    return WorkerContext(
+        spec=attempt.spec, home=home, paths=attempt.paths, emit=emit, digests=DigestCache(home.cache),
+        salt=pseudonym_key(home), device=device, rank=rank, world=world, seed=attempt.spec.seed, threads=threads,
+        scratch=scratch, out=out or scratch, get=dask_get,
+    )  # fmt: skip
+
+
+def usage() -> Row:
+    """Peak resident memory and CPU seconds of this process and its ended children."""
+    mine, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "rss_peak_mib": max(mine.ru_maxrss, children.ru_maxrss) // 1024,
+        "cpu_s": round(mine.ru_utime + mine.ru_stime + children.ru_utime + children.ru_stime, 2),
+    }
+
+
+def _reason(error: Exception) -> Row:
+    """A part's failure as a row. A foreign error's text may quote file names: only its kind leaves the log."""
+    if isinstance(error, PermedError):
+        return {"code": error.code, "reason": error.message, "remedy": error.remedy}
+    code = "out-of-memory" if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ else "code-error"
+    return {"code": code, "reason": f"{type(error).__name__} in the workload", "remedy": "See `permed logs`."}
+
+
+def part_row(part: Part) -> Row:
+    """A part as it travels."""
+    return {
+        "name": part.name, "inputs": list(part.inputs), "params": dict(part.params), "sources": list(part.sources),
+        "subject": part.subject,
+    }  # fmt: skip
+
+
+def part_of(row: Mapping[str, Any]) -> Part:
+    return Part(row["name"], tuple(row["inputs"]), row["params"], tuple(row["sources"]), row["subject"])
+
+
+def result_row(result: Result) -> Row:
+    """A result as it travels and as `result.json` starts."""
+    return {
+        "values": dict(result.values), "metrics": dict(result.metrics),
+        "figures": [list(figure) for figure in result.figures],
+        "findings": [finding.as_dict() for finding in result.findings],
+    }  # fmt: skip
+
+
+def result_of(row: Mapping[str, Any]) -> Result:
+    findings = [Finding(f["code"], f["sentence"], f["severity"], f["about"], f["numbers"]) for f in row["findings"]]
+    return Result(row["values"], row["metrics"], [(name, caption) for name, caption in row["figures"]], findings)

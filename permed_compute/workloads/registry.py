@@ -1,0 +1,110 @@
+"""From a workload's name in a job to its `Map` or `Gang`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from permed_compute.errors import WorkloadError
+from permed_compute.spec import JobSpec
+from permed_compute.workloads.port import Gang, Map, PartResult, Workload
+
+CATALOG = {
+    "radiology/brain-extraction": "permed_compute.workloads.radiology.infer:WORKLOAD",
+}
+"""The workloads that ship, by the name that a job file gives."""
+
+_MOST_CODE_FILES = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A workload, and the digest of the researcher's code folder ('' for what is installed)."""
+
+    workload: Workload
+    code_digest: str
+
+    @property
+    def version(self) -> str:
+        """Output version: part of every key. Changed code is another version."""
+        return f"{self.workload.version}+{self.code_digest[:16]}" if self.code_digest else self.workload.version
+
+
+def find(spec: JobSpec) -> Found:
+    """The workload that a job names. Raises `WorkloadError`, saying what was looked for and where."""
+    target = CATALOG.get(spec.workload, spec.workload)
+    if ":" not in target:
+        names = ", ".join(sorted(CATALOG))
+        raise WorkloadError(
+            f"There is no workload {spec.workload!r}.", remedy=f"Ours: {names}; yours: module:function."
+        )
+    digest = ""
+    if spec.code:
+        digest = _code_digest(Path(spec.code))
+        _put_first(Path(spec.code), digest)
+    module_name, _, attribute = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        where = "the job's code folder or an installed package" if spec.code else "an installed package"
+        raise WorkloadError(
+            f"Module {module_name!r} of workload {spec.workload!r} cannot be imported: {error}.",
+            remedy=f"It must be in {where}.",
+        ) from error
+    value = getattr(module, attribute, None)
+    if value is None:
+        raise WorkloadError(f"Module {module_name!r} has no {attribute!r}.")
+    return Found(_shaped(value, spec.workload), digest)
+
+
+def _shaped(value: Any, name: str) -> Workload:
+    if isinstance(value, Map | Gang):
+        return value
+    first = list(inspect.signature(value).parameters)[:2] if callable(value) else []
+    if first == ["spec", "ctx"]:
+        return Gang(train=value)
+    if first == ["part", "ctx"]:
+        return Map(run=lambda part, model, ctx: _result(value(part, ctx)))
+    raise WorkloadError(
+        f"{name!r} has neither of the two shapes.",
+        remedy="Write train(spec, ctx) for a gang, run(part, ctx) for a map, or a module-level Map(…) or Gang(…).",
+    )
+
+
+def _result(value: Any) -> PartResult:
+    return value if isinstance(value, PartResult) else PartResult(values=value or {})
+
+
+def _code_digest(folder: Path) -> str:
+    if not folder.is_dir():
+        raise WorkloadError("The job's code folder is not there.", remedy="`code:` names a folder with your module.")
+    files = sorted(
+        p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts and not p.name.startswith(".")
+    )
+    if len(files) > _MOST_CODE_FILES:
+        raise WorkloadError(f"The code folder holds {len(files)} files.", remedy="Give a folder of code, without data.")
+    total = hashlib.sha256()
+    for path in files:
+        total.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+_loaded: dict[str, str] = {}
+
+
+def _put_first(folder: Path, digest: str) -> None:
+    """Import from `folder`; modules of an older state of it are forgotten, so that changed code is really run."""
+    place = str(folder)
+    if _loaded.get(place) != digest:
+        for name, module in list(sys.modules.items()):
+            if str(getattr(module, "__file__", None) or "").startswith(place + "/"):
+                del sys.modules[name]
+        importlib.invalidate_caches()
+        _loaded[place] = digest
+    if sys.path[:1] != [place]:
+        sys.path.insert(0, place)
