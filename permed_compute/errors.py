@@ -127,6 +127,9 @@ class AuditError(PermedError):
         super().__init__(message, remedy=remedy)
         self.seq = seq
 
+    def as_dict(self) -> dict[str, Any]:
+        return super().as_dict() | {"seq": self.seq}
+
 
 class SettingsError(PermedError):
     """A setting is unknown, or its value impossible."""

@@ -24,12 +24,18 @@ def wall_clock() -> int:
 
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford base 32, lower case
+_SHIFTS = range(75, -1, -5)
 
 
 def new_id(now: int) -> str:
     """A job id: 9 characters of time (ms), 7 of chance; sorts by submission and names nobody."""
-    value = (now << 35) | secrets.randbits(35)
-    return "".join(_ALPHABET[(value >> shift) & 31] for shift in range(75, -1, -5))
+    return new_ids(now, 1)[0]
+
+
+def new_ids(now: int, count: int) -> list[str]:
+    """`count` ids that follow each other, so that an array's never clash and sort by index."""
+    first = (now << 35) + secrets.randbelow((1 << 35) - count + 1)
+    return ["".join([_ALPHABET[(value >> shift) & 31] for shift in _SHIFTS]) for value in range(first, first + count)]
 
 
 @dataclass(frozen=True, slots=True)
