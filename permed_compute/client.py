@@ -1,0 +1,310 @@
+"""Composition root: the only place where adapters are chosen, and what the CLI and Python users stand on.
+
+`open_client(settings)` talks to the controller of this home through its socket where one runs; else this process is
+the controller for as long as the client is open (the home's lock sees to it that there is only one).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from permed_compute.admission.explain import Explanation
+from permed_compute.errors import EngineError, NotFoundError, QueueError
+from permed_compute.execution.controller import Controller, ended
+from permed_compute.execution.device import local_node
+from permed_compute.execution.port import Executor
+from permed_compute.paths import HomePaths, JobPaths
+from permed_compute.queue.events import Anchor
+from permed_compute.queue.port import Event, Job, Queue, wall_clock
+from permed_compute.queue.rows import event_from_row, job_from_row
+from permed_compute.queue.server import Caller as Peer
+from permed_compute.queue.server import Gateway, GatewayClient, connect
+from permed_compute.service import Caller, JobService, Service, handle
+from permed_compute.settings import Settings, resolve
+from permed_compute.spec import JobSpec, load
+from permed_compute.states import JobState
+from permed_compute.tracking.files import Drained, Spool, drain
+from permed_compute.tracking.port import Tracker
+from permed_compute.tracking.record import record_of
+
+_LOCK_WAIT_S = 10.0
+_POLL_S = 0.2
+
+
+# ------------------------------------------------------------------------------------------- adapters
+
+
+def open_queue(settings: Settings) -> Queue:
+    """The queue that the settings name: SQLite in the home, or what `queue_url` says."""
+    from permed_compute.queue.sql import SqlQueue
+
+    home = settings.paths.create()
+    anchor = Anchor.of(Path(settings.anchor), home.root)
+    return SqlQueue(settings.queue_url or f"sqlite:///{home.database}", anchor=anchor)
+
+
+def make_executor(settings: Settings) -> Executor:
+    """The engine that the settings name."""
+    if settings.executor == "inprocess":
+        from permed_compute.execution.inprocess import InProcessExecutor
+
+        return InProcessExecutor(settings)
+    try:
+        from permed_compute.execution.ray import RayExecutor
+    except ImportError as error:
+        raise EngineError(
+            f"The executor is ray, which is not installed ({error.name}).",
+            remedy="pip install 'permed-compute[ray]', or --executor inprocess.",
+        ) from None
+    return RayExecutor(settings, settings.paths)
+
+
+def make_tracker(settings: Settings) -> Tracker | None:
+    """The tracking server that the settings name, or None where it is switched off or MLflow is not installed."""
+    if settings.tracking_uri == "none":
+        return None
+    from importlib.util import find_spec
+
+    if find_spec("mlflow") is None:
+        return None
+    from permed_compute.tracking.mlflow import MlflowTracker, embedded
+
+    return MlflowTracker(settings.tracking_uri) if settings.tracking_uri else embedded(settings.paths)
+
+
+# ------------------------------------------------------------------------------------------- client
+
+
+@dataclass(slots=True)
+class Client:
+    """An open connection. `queue` is None where another process is the controller."""
+
+    settings: Settings
+    service: Service
+    queue: Queue | None = None
+    _lead: _Lead | None = None
+
+    @property
+    def home(self) -> HomePaths:
+        return self.settings.paths
+
+    @property
+    def embedded(self) -> bool:
+        """True where this process is the controller."""
+        return self.queue is not None
+
+    def submit(self, *jobs: JobSpec | Path | str, held: bool = False) -> list[Job]:
+        """Queue jobs given as specs or job files. Durable when it returns."""
+        specs = [job if isinstance(job, JobSpec) else load(Path(job)) for job in jobs]
+        return self.service.submit(specs, held=held)
+
+    def paths(self, job: Job) -> JobPaths:
+        return self.home.job(job.id)
+
+    def wait(self, job_ids: Sequence[str], look: Callable[[list[Job]], None] = lambda jobs: None) -> list[Job]:
+        """Until every job has ended or is held; runs them here where this process is the controller.
+
+        `look` is called often with the jobs as they stand (progress bars). Ctrl-C leaves through `KeyboardInterrupt`:
+        the caller decides between `interrupt` and leaving the jobs to the controller.
+        """
+        last: list[Job] = []
+
+        def all_ended() -> bool:
+            nonlocal last
+            last = [self.service.job(job_id) for job_id in job_ids]
+            look(last)
+            return all(ended(job) for job in last)
+
+        if self._lead is not None:
+            self._lead.controller().run(all_ended)
+        else:
+            while not all_ended():
+                time.sleep(_POLL_S)
+        return last
+
+    def interrupt(self, grace_s: float = 15.0) -> list[Job]:
+        """Stop what runs in this process's charge and hold it, so that `resume` finishes it."""
+        return self._lead.controller().interrupt(grace_s) if self._lead is not None else []
+
+    def flush_tracking(self) -> Drained:
+        """Send what waits for the tracking server, now."""
+        tracker = make_tracker(self.settings)
+        spool = Spool(self.home.spool)
+        if tracker is None:
+            return Drained(0, len(spool.pending()), "Tracking is switched off, or MLflow is not installed.")
+        return drain(spool, tracker)
+
+    def serve(self, until: Callable[[], bool], *, track_every_s: float = 5.0) -> None:
+        """Be the controller until told otherwise. Raises `QueueError` where another process already is."""
+        if self._lead is None:
+            raise QueueError("This home has a controller already.", remedy="`permed status` shows what it does.")
+        with _Sender(self, track_every_s):
+            self._lead.controller().run(until)
+
+
+@dataclass(slots=True)
+class _Lead:
+    """What only the controlling process has. The executor and the lease come at the first need."""
+
+    settings: Settings
+    queue: Queue
+    _controller: Controller | None = None
+
+    def controller(self) -> Controller:
+        if self._controller is None:
+            home = self.settings.paths
+            spool = Spool(home.spool)
+
+            def announce(job: Job, state: JobState, exit_record: Mapping[str, Any] | None) -> None:
+                spool.put(record_of(job, state, home.job(job.id), wall_clock()))
+
+            controller = Controller(self.queue, make_executor(self.settings), home, self.settings, announce=announce)
+            controller.lead()
+            self._controller = controller
+        return self._controller
+
+    def wake(self) -> None:
+        if self._controller is not None:
+            self._controller.wake()
+
+    def close(self) -> None:
+        if self._controller is not None:
+            self._controller.close()
+            self._controller.executor.close()
+
+
+@dataclass(slots=True)
+class _Sender:
+    """Drains the spool beside the controller; a server that is down is asked again at the next round."""
+
+    client: Client
+    every_s: float
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> _Sender:
+        self._thread = threading.Thread(target=self._run, name="permed-tracking", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(30.0)
+
+    def _run(self) -> None:
+        spool = Spool(self.client.home.spool)
+        while not self._stop.wait(self.every_s):
+            if spool.pending():
+                self.client.flush_tracking()
+
+
+@contextmanager
+def open_client(settings: Settings | None = None) -> Iterator[Client]:
+    """A client of this home's controller, or the controller itself where none runs."""
+    settings = settings or resolve()
+    settings.paths.create()
+    with ExitStack() as stack:
+        remote = _join_or_lock(settings, stack)
+        if remote is not None:
+            stack.callback(remote.close)
+            yield Client(settings, RemoteService(remote))
+            return
+        queue = open_queue(settings)
+        stack.callback(queue.close)
+        lead = _Lead(settings, queue)
+        stack.callback(lead.close)
+
+        def service_for(caller: Caller) -> JobService:
+            return JobService(
+                queue, caller, lambda: (local_node(settings),), grace_ms=settings.grace * 1000, wake=lead.wake
+            )
+
+        def on_call(peer: Peer, call: str, args: Mapping[str, Any]) -> Any:
+            return handle(service_for, Caller(peer.name, peer.uid in (0, os.getuid())), call, args)
+
+        stack.enter_context(Gateway(settings.paths.socket, on_call))
+        me = Caller(getpass.getuser(), operator=True)
+        yield Client(settings, service_for(me), queue, lead)
+
+
+def _join_or_lock(settings: Settings, stack: ExitStack) -> GatewayClient | None:
+    """A connection to the controller that runs, or None once this process holds the home's lock."""
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    handle = os.open(settings.paths.lock, os.O_RDWR | os.O_CREAT, 0o600)
+    stack.callback(os.close, handle)
+    while True:
+        try:
+            return connect(settings.paths.socket)
+        except NotFoundError:
+            pass
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise QueueError(
+                    "Another process holds this home and does not answer.", remedy=f"See {settings.paths.lock}."
+                ) from None
+            time.sleep(0.05)
+        else:
+            return None
+
+
+@dataclass(slots=True)
+class RemoteService:
+    """`Service` through the controller's socket."""
+
+    gateway: GatewayClient
+
+    def submit(self, specs: Sequence[JobSpec], *, held: bool = False) -> list[Job]:
+        rows = self.gateway.call("submit", specs=[spec.model_dump(mode="json") for spec in specs], held=held)
+        return [job_from_row(row) for row in rows]
+
+    def job(self, job_id: str) -> Job:
+        return self._job("job", job_id)
+
+    def jobs(
+        self, *, states: Iterable[JobState] | None = None, owner: str | None = None, limit: int | None = None
+    ) -> list[Job]:
+        named = [state.value for state in states] if states is not None else None
+        return [job_from_row(row) for row in self.gateway.call("jobs", states=named, owner=owner, limit=limit)]
+
+    def cancel(self, job_id: str) -> Job:
+        return self._job("cancel", job_id)
+
+    def hold(self, job_id: str) -> Job:
+        return self._job("hold", job_id)
+
+    def release(self, job_id: str) -> Job:
+        return self._job("release", job_id)
+
+    def resume(self, job_id: str) -> Job:
+        return self._job("resume", job_id)
+
+    def why(self, job_id: str) -> Explanation:
+        row = self.gateway.call("why", job_id=job_id)
+        return Explanation(
+            row["job"], row["state"], row["code"], row["sentence"], row["change"], tuple(row["blockers"]),
+            row["estimate"], row["basis"],
+        )  # fmt: skip
+
+    def events(self, *, job_id: str | None = None, after: int = 0, limit: int | None = None) -> list[Event]:
+        return [event_from_row(row) for row in self.gateway.call("events", job_id=job_id, after=after, limit=limit)]
+
+    def _job(self, call: str, job_id: str) -> Job:
+        return job_from_row(self.gateway.call(call, job_id=job_id))
+
+
+def submit(*jobs: JobSpec | Path | str, settings: Settings | None = None) -> list[Job]:
+    """Queue jobs and return; `permed controller`, or the next `permed run`, works them off."""
+    with open_client(settings) as client:
+        return client.submit(*jobs)

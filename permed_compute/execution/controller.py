@@ -1,0 +1,347 @@
+"""The controller: watch, decide, launch. One per queue, by lease; everything it does is a move in the queue.
+
+It keeps nothing in memory that it could not read again: after `kill -9` the next controller looks at the queue, the
+attempts' folders and the engine, adopts what still runs, and never launches an attempt that may be alive.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from permed_compute.admission.decide import decide
+from permed_compute.admission.snapshot import Admission, Policy, grants_of, take
+from permed_compute.errors import EngineError, LeaseLostError, PermedError, StaleError
+from permed_compute.execution import failure, records
+from permed_compute.execution.context import raise_fence
+from permed_compute.execution.port import Attempt, Executor, Liveness
+from permed_compute.paths import HomePaths, read_json, write_json
+from permed_compute.queue.port import Clock, Job, Lease, Move, Queue, wall_clock
+from permed_compute.settings import Settings
+from permed_compute.states import ENDED, LIVE, JobState
+
+log = logging.getLogger(__name__)
+
+_ASK_ENGINE_MS = 2_000
+"""An attempt is asked after at most this often."""
+_POLL_S = 0.1
+
+
+class Announce(Protocol):
+    """Told once of every job that is about to end, before its move: what it does must bear being done twice."""
+
+    def __call__(self, job: Job, state: JobState, exit_record: Mapping[str, Any] | None) -> None: ...
+
+
+def _nobody(job: Job, state: JobState, exit_record: Mapping[str, Any] | None) -> None:
+    return None
+
+
+@dataclass(slots=True)
+class Controller:
+    """Runs the queue's jobs on one executor."""
+
+    queue: Queue
+    executor: Executor
+    home: HomePaths
+    settings: Settings
+    policy: Policy = field(default_factory=Policy)
+    clock: Clock = wall_clock
+    announce: Announce = _nobody
+    lease: Lease | None = None
+    _wake: threading.Event = field(default_factory=threading.Event)
+    _launched: set[str] = field(default_factory=set)
+    _asked: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"controller-{socket.gethostname()}-{os.getpid()}"
+
+    # ------------------------------------------------------------------------------------- the loop
+
+    def lead(self) -> None:
+        """Take the queue's lease. Raises `LeaseLostError` while another controller holds it."""
+        self.lease = self.queue.acquire(self.name, self.settings.lease * 1000)
+        if self.lease is None:
+            raise LeaseLostError(
+                "Another controller leads this queue.",
+                remedy=f"Stop it, or wait {self.settings.lease} s if it has died.",
+            )
+
+    def run(self, until: Callable[[], bool]) -> None:
+        """Tick until `until()` is true. Raises `LeaseLostError` when another controller has taken over."""
+        if self.lease is None:
+            self.lead()
+        while not until():
+            busy = self.tick()
+            self._wake.wait(0.0 if busy else _POLL_S)
+            self._wake.clear()
+
+    def wake(self) -> None:
+        """Look again now: something was submitted or cancelled."""
+        self._wake.set()
+
+    def tick(self) -> bool:
+        """One round. Returns True where something moved, so that the next round should not wait."""
+        # 1. Still the one controller? Writing without the lease is what the fencing numbers would have to catch.
+        self._renew()
+        jobs = self.queue.jobs(states=LIVE | {JobState.QUEUED})
+        # 2. What became of what lives.
+        moved = [self._unless_stale(self._watch, job) for job in jobs if job.state in LIVE]
+        # 3. What starts now: a pure decision on a snapshot, committed by compare-and-set or dropped.
+        moved.append(self._admit())
+        # 4. Launch what is reserved: intent first, then the engine.
+        reserved = self.queue.jobs(states={JobState.RESERVED})
+        moved += [self._unless_stale(self._launch, job) for job in reserved]
+        return any(moved)
+
+    def _unless_stale(self, step: Callable[[Job], bool], job: Job) -> bool:
+        """A step on one job; where a user moved the job at the same moment, the next round sees it anew."""
+        try:
+            return step(job)
+        except LeaseLostError:
+            raise
+        except StaleError:
+            return True
+
+    def interrupt(self, grace_s: float) -> list[Job]:
+        """Ask everything that lives to stop, wait, end what does not, and hold the jobs; returns them."""
+        for job in self.queue.jobs(states=LIVE):
+            self._begin_stop(job, "interrupted")
+        end = self.clock() + int(grace_s * 1000)
+        while self.queue.jobs(states=LIVE) and self.clock() < end + 20_000:
+            grace_ms = max(0, end - self.clock())
+            for job in self.queue.jobs(states=LIVE):
+                self._unless_stale(lambda live: self._watch(live, grace_ms), job)  # noqa: B023 - called at once
+            time.sleep(_POLL_S)
+        return self.queue.jobs(states={JobState.HELD})
+
+    def close(self) -> None:
+        """Give the lease back. The executor is closed by whoever made it."""
+        if self.lease is not None:
+            self.queue.release(self.lease)
+            self.lease = None
+
+    def _renew(self) -> None:
+        if self.lease is None:
+            raise LeaseLostError("This controller holds no lease.")
+        if self.lease.expires_at - self.clock() < self.settings.lease * 500:
+            self.lease = self.queue.renew(self.lease, self.settings.lease * 1000)
+
+    # ------------------------------------------------------------------------------------- decide
+
+    def _admit(self) -> bool:
+        jobs = self.queue.jobs(states=LIVE | {JobState.QUEUED})
+        if not any(job.state is JobState.QUEUED for job in jobs):
+            return False
+        wanted = {other for job in jobs if job.state is JobState.QUEUED for other in job.spec.dependencies}
+        states = {other: self.queue.job(other).state for other in wanted}
+        snapshot = take(self.executor.nodes(), jobs, states, grace_ms=self.settings.grace * 1000)
+        plan = decide(snapshot, self.policy, self.clock())
+        if not plan.admissions:
+            return False
+        by_id = {job.id: job for job in jobs}
+        moves = [self._reserve(by_id[admission.job_id], admission) for admission in plan.admissions]
+        try:
+            self.queue.apply(moves, lease=self.lease)
+        except LeaseLostError:
+            raise
+        except StaleError:
+            log.info("plan dropped: a job it moves has changed")
+        return True
+
+    def _reserve(self, job: Job, admission: Admission) -> Move:
+        detail = {**job.detail, "grants": [asdict(grant) for grant in admission.grants], "why": admission.why}
+        return Move(
+            job.id, admission.version, JobState.RESERVED, "admitted", self.name, self.policy.version, detail=detail
+        )
+
+    # ------------------------------------------------------------------------------------- launch
+
+    def _launch(self, job: Job) -> bool:
+        attempt = self._attempt(job, job.attempt + 1)
+        if attempt.paths.root.exists():  # of a launch that was withdrawn before anything ran
+            attempt.paths.exit.unlink(missing_ok=True)
+            attempt.paths.stop.unlink(missing_ok=True)
+        attempt.write()
+        raise_fence(attempt.paths)
+        job = self._move(job, JobState.LAUNCHING, "launching", attempt=attempt.number, started_at=0)
+        return self._start(job, attempt)
+
+    def _start(self, job: Job, attempt: Attempt) -> bool:
+        self._launched.add(attempt.name)
+        try:
+            self.executor.launch(attempt)
+        except EngineError as error:
+            log.warning("launch of %s failed: %s", attempt.name, error.message)
+            self._lost(job, attempt, "launch-failed")
+        return True
+
+    def _attempt(self, job: Job, number: int) -> Attempt:
+        paths = self.home.job(job.id).attempt(number)
+        grants = grants_of(job)
+        return Attempt(job.id, number, job.spec, grants, str(job.detail.get("why", "")), self.home.root, paths)
+
+    # ------------------------------------------------------------------------------------- watch
+
+    def _watch(self, job: Job, grace_ms: int | None = None) -> bool:
+        """Look at one live attempt; returns True where its job moved."""
+        if job.state is JobState.RESERVED:
+            return False
+        attempt = self._attempt(job, job.attempt)
+        if job.state is JobState.LAUNCHING and records.last_sign(attempt.paths.root):
+            job = self._move(job, JobState.RUNNING, "started", started_at=self.clock())
+        exit_record = read_json(attempt.paths.exit)
+        if exit_record is not None:
+            return self._settle(job, attempt, exit_record)
+        if job.state in (JobState.CANCELLING, JobState.PREEMPTING):
+            return self._stopping(job, attempt, self.settings.grace * 1000 if grace_ms is None else grace_ms)
+        if job.state is JobState.LAUNCHING:
+            return self._launching(job, attempt)
+        if job.state is JobState.RUNNING and self._over_time(job):
+            return self._out_of_time(job, attempt)
+        return self._ask_engine(job, attempt)
+
+    def _launching(self, job: Job, attempt: Attempt) -> bool:
+        if attempt.name not in self._launched:
+            # An earlier controller wrote the intent; whether it launched nobody knows. Launching is idempotent.
+            return self._start(job, attempt)
+        return self._ask_engine(job, attempt)
+
+    def _ask_engine(self, job: Job, attempt: Attempt) -> bool:
+        now = self.clock()
+        quiet = now - max(records.last_sign(attempt.paths.root), job.changed_at)
+        if job.state is not JobState.UNKNOWN and quiet < min(self.settings.heartbeat * 1000, 5_000):
+            return False
+        if now - self._asked.get(attempt.name, 0) < _ASK_ENGINE_MS:
+            return False
+        self._asked[attempt.name] = now
+        liveness = self.executor.liveness(attempt)
+        if liveness is Liveness.GONE:
+            # The exit record may have been written between our two looks.
+            exit_record = read_json(attempt.paths.exit)
+            if exit_record is not None:
+                return self._settle(job, attempt, exit_record)
+            return self._lost(job, attempt, "attempt-lost")
+        if liveness is Liveness.UNKNOWN and job.state is JobState.RUNNING and quiet > self.settings.heartbeat * 1000:
+            self._move(job, JobState.UNKNOWN, "engine-silent", detail=_said(job, "The engine does not answer."))
+            return True
+        if liveness is Liveness.ALIVE and job.state is JobState.UNKNOWN:
+            self._move(job, JobState.RUNNING, "engine-answers")
+            return True
+        return False
+
+    def _over_time(self, job: Job) -> bool:
+        return bool(job.started_at) and self.clock() - job.started_at > job.spec.time_limit * 1000
+
+    def _out_of_time(self, job: Job, attempt: Attempt) -> bool:
+        if not attempt.paths.stop.exists():
+            write_json(attempt.paths.stop, {"reason": "time-limit", "at": self.clock()})
+            return False
+        asked = int(attempt.paths.stop.stat().st_mtime * 1000)
+        if self.clock() - asked < self.settings.grace * 1000 or not self.executor.end(attempt):
+            return False
+        return self._end_job(job, attempt, JobState.TIMED_OUT, "time-limit", None)
+
+    # ------------------------------------------------------------------------------------- stop
+
+    def _begin_stop(self, job: Job, reason: str) -> None:
+        """PREEMPTING, or back to HELD where nothing runs yet."""
+        try:
+            if job.state is JobState.RESERVED:
+                self._move(job, JobState.HELD, reason, detail=_without_grants(job))
+            elif job.state in (JobState.LAUNCHING, JobState.RUNNING):
+                self._move(job, JobState.PREEMPTING, reason)
+        except StaleError:
+            log.info("job %s moved by itself", job.id)
+
+    def _stopping(self, job: Job, attempt: Attempt, grace_ms: int) -> bool:
+        if not attempt.paths.stop.exists():
+            write_json(attempt.paths.stop, {"reason": job.reason, "at": self.clock()})
+        gone = self.clock() - job.changed_at >= grace_ms or self.executor.liveness(attempt) is Liveness.GONE
+        if not gone or not self.executor.end(attempt):
+            return False
+        exit_record = read_json(attempt.paths.exit)
+        if exit_record is not None:
+            return self._settle(job, attempt, exit_record)
+        return self._stopped(job, attempt)
+
+    def _stopped(self, job: Job, attempt: Attempt) -> bool:
+        """The attempt is confirmed gone, as asked."""
+        if job.state is JobState.CANCELLING:
+            return self._end_job(job, attempt, JobState.CANCELLED, "cancelled-by-user", None)
+        if job.state is JobState.PREEMPTING:
+            to = JobState.HELD if job.reason == "interrupted" else JobState.QUEUED
+            self._move(job, to, job.reason, detail=_without_grants(job))
+            return True
+        return self._end_job(job, attempt, JobState.TIMED_OUT, "time-limit", None)
+
+    # ------------------------------------------------------------------------------------- end
+
+    def _settle(self, job: Job, attempt: Attempt, exit_record: Mapping[str, Any]) -> bool:
+        """The attempt wrote how it ended. What it held is released only once the engine confirms its end."""
+        if not self.executor.end(attempt):
+            return False
+        outcome = exit_record["outcome"]
+        if outcome in (JobState.SUCCEEDED, JobState.PARTIAL, JobState.FAILED):
+            return self._end_job(job, attempt, JobState(outcome), exit_record["reason"], exit_record)
+        if outcome == "STOPPED":
+            return self._stopped(job, attempt)
+        if job.state in (JobState.CANCELLING, JobState.PREEMPTING):
+            return self._stopped(job, attempt)
+        return self._lost(job, attempt, exit_record["reason"])
+
+    def _lost(self, job: Job, attempt: Attempt, code: str) -> bool:
+        if not self.executor.end(attempt):
+            return False
+        rows, _ = records.read(attempt.paths.records())
+        progressed = any(row["kind"] in ("part", "checkpoint") and row.get("state") != "FAILED" for row in rows)
+        progressed = progressed or any(
+            row["kind"] == "checkpoint" for row in records.read(attempt.paths.records("rank-0"))[0]
+        )
+        verdict = failure.after_loss(
+            code, losses=int(job.detail.get("losses", 0)), progressed=progressed, retries=job.spec.retries,
+            now=self.clock(),
+        )  # fmt: skip
+        told = {"losses": verdict.losses, "not_before": verdict.not_before, "sentence": verdict.sentence,
+                "remedy": verdict.remedy}  # fmt: skip
+        if verdict.to is JobState.FAILED:
+            return self._end_job(job, attempt, JobState.FAILED, code, told)
+        self._move(job, JobState.QUEUED, code, detail={**_without_grants(job), **told})
+        return True
+
+    def _end_job(
+        self, job: Job, attempt: Attempt, state: JobState, reason: str, told: Mapping[str, Any] | None
+    ) -> bool:
+        sentence, remedy = failure.REASONS.get(reason, ("", ""))
+        detail = {**_without_grants(job), "sentence": sentence, "remedy": remedy}
+        detail |= {name: told[name] for name in ("sentence", "remedy", "counts", "usage") if told and name in told}
+        try:
+            self.announce(job, state, told)
+        except PermedError as error:
+            log.warning("job %s ended; telling tracking failed: %s", job.id, error.message)
+        self._move(job, state, reason, detail=detail)
+        return True
+
+    def _move(self, job: Job, to: JobState, reason: str, **changes: Any) -> Job:
+        move = Move(job.id, job.version, to, reason, self.name, self.policy.version, **changes)
+        return self.queue.apply([move], lease=self.lease)[0]
+
+
+def _without_grants(job: Job) -> dict[str, Any]:
+    return {name: value for name, value in job.detail.items() if name not in ("grants", "not_before")}
+
+
+def _said(job: Job, sentence: str) -> dict[str, Any]:
+    return {**job.detail, "sentence": sentence}
+
+
+def ended(job: Job) -> bool:
+    """True once nothing will happen to the job by itself."""
+    return job.state in ENDED or job.state is JobState.HELD

@@ -1,0 +1,171 @@
+"""What a caller may do with jobs: the same for embedded use and, through the gateway's socket, for everybody else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from permed_compute.admission.decide import decide
+from permed_compute.admission.explain import Explanation, explain
+from permed_compute.admission.snapshot import Node, Policy, take
+from permed_compute.errors import NotFoundError, PermissionDeniedError, StaleError, StateError
+from permed_compute.queue.port import Clock, Event, Job, Move, Queue, wall_clock
+from permed_compute.queue.rows import event_row, job_row
+from permed_compute.spec import JobSpec
+from permed_compute.states import ENDED, JobState
+
+_TRIES = 10
+"""A job that the controller moves at the same moment is looked at again this often."""
+
+_RESUMABLE = ENDED - {JobState.SUCCEEDED}
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: a user name from the operating system, and whether it is the user that the controller runs as, or root."""
+
+    name: str
+    operator: bool
+
+
+class Service(Protocol):
+    """What client and CLI stand on; `JobService` in this process, `client.RemoteService` through the socket."""
+
+    def submit(self, specs: Sequence[JobSpec], *, held: bool = False) -> list[Job]: ...
+    def job(self, job_id: str) -> Job: ...
+    def jobs(
+        self, *, states: Iterable[JobState] | None = None, owner: str | None = None, limit: int | None = None
+    ) -> list[Job]: ...
+    def cancel(self, job_id: str) -> Job: ...
+    def hold(self, job_id: str) -> Job: ...
+    def release(self, job_id: str) -> Job: ...
+    def resume(self, job_id: str) -> Job: ...
+    def why(self, job_id: str) -> Explanation: ...
+    def events(self, *, job_id: str | None = None, after: int = 0, limit: int | None = None) -> list[Event]: ...
+
+
+@dataclass(slots=True)
+class JobService:
+    """User operations on a queue. `nodes` is what there is to reserve; `wake` tells a controller to look now."""
+
+    queue: Queue
+    caller: Caller
+    nodes: Callable[[], tuple[Node, ...]]
+    policy: Policy = field(default_factory=Policy)
+    grace_ms: int = 30_000
+    clock: Clock = wall_clock
+    wake: Callable[[], None] = lambda: None
+
+    def submit(self, specs: Sequence[JobSpec], *, held: bool = False) -> list[Job]:
+        """Durable when this returns. Raises `NotFoundError` for a dependency that does not exist."""
+        for spec in specs:
+            for other in spec.dependencies:
+                self.queue.job(other)
+        jobs = self.queue.submit(specs, owner=self.caller.name, held=held)
+        self.wake()
+        return jobs
+
+    def job(self, job_id: str) -> Job:
+        return self.queue.job(job_id)
+
+    def jobs(
+        self, *, states: Iterable[JobState] | None = None, owner: str | None = None, limit: int | None = None
+    ) -> list[Job]:
+        return self.queue.jobs(states=states, owner=owner, limit=limit)
+
+    def cancel(self, job_id: str) -> Job:
+        """Ended at once where nothing runs; else signalled, given its grace, and confirmed by the controller."""
+
+        def step(job: Job) -> JobState | None:
+            if job.state in ENDED or job.state is JobState.CANCELLING:
+                return None
+            idle = job.state in (JobState.HELD, JobState.QUEUED, JobState.RESERVED)
+            return JobState.CANCELLED if idle else JobState.CANCELLING
+
+        return self._change(job_id, step, "cancelled-by-user")
+
+    def hold(self, job_id: str) -> Job:
+        """Keep a queued job from starting."""
+        return self._change(job_id, lambda job: None if job.state is JobState.HELD else JobState.HELD, "held-by-user")
+
+    def release(self, job_id: str) -> Job:
+        """Let a held job wait for its turn again."""
+
+        def step(job: Job) -> JobState | None:
+            if job.state is JobState.QUEUED:
+                return None
+            if job.state is not JobState.HELD:
+                raise StateError(f"Job {job.id} is {job.state}, not HELD.", remedy="Only held jobs can be released.")
+            return JobState.QUEUED
+
+        return self._change(job_id, step, "released-by-user")
+
+    def resume(self, job_id: str) -> Job:
+        """Queue an interrupted or ended job again. Parts that are done are not computed again."""
+
+        def step(job: Job) -> JobState | None:
+            if job.state is JobState.SUCCEEDED:
+                raise StateError(f"Job {job.id} has succeeded: there is nothing to resume.", remedy="permed results")
+            return JobState.QUEUED if job.state in _RESUMABLE or job.state is JobState.HELD else None
+
+        return self._change(job_id, step, "resumed-by-user", fresh=True)
+
+    def why(self, job_id: str) -> Explanation:
+        """Why the job is where it is: the decision that would be taken now, in words."""
+        job = self.queue.job(job_id)
+        jobs = self.queue.jobs(states=set(JobState) - ENDED)
+        wanted = {other for each in jobs if each.state is JobState.QUEUED for other in each.spec.dependencies}
+        states = {other: self.queue.job(other).state for other in wanted}
+        snapshot = take(self.nodes(), jobs, states, grace_ms=self.grace_ms)
+        plan = decide(snapshot, self.policy, self.clock())
+        return explain(job, plan, lambda other: self.queue.job(other).spec.name)
+
+    def events(self, *, job_id: str | None = None, after: int = 0, limit: int | None = None) -> list[Event]:
+        return self.queue.events(job_id=job_id, after=after, limit=limit)
+
+    def _change(self, job_id: str, step: Callable[[Job], JobState | None], reason: str, *, fresh: bool = False) -> Job:
+        for _ in range(_TRIES):
+            job = self.queue.job(job_id)
+            if not (self.caller.operator or job.owner == self.caller.name):
+                raise PermissionDeniedError(
+                    f"Job {job.id} belongs to somebody else.", remedy="Its owner or an operator can do that."
+                )
+            to = step(job)
+            if to is None:
+                return job
+            detail = {name: job.detail[name] for name in job.detail if name not in ("losses", "not_before", "grants")}
+            try:
+                move = Move(job.id, job.version, to, reason, self.caller.name, detail=detail if fresh else None)
+                moved = self.queue.apply([move])[0]
+            except StaleError:
+                continue
+            self.wake()
+            return moved
+        raise StaleError(f"Job {job_id} keeps moving.", remedy="Try again.")
+
+
+# ----------------------------------------------------------------------------------------- over the socket
+
+_CALLS = ("submit", "job", "jobs", "cancel", "hold", "release", "resume", "why", "events")
+
+
+def handle(service_for: Callable[[Any], JobService], caller: Any, call: str, args: Mapping[str, Any]) -> Any:
+    """One call that came through the gateway, as JSON. `service_for(caller)` binds the service to its identity."""
+    if call not in _CALLS:
+        raise NotFoundError(f"There is no call {call!r}.", remedy=f"Calls are: {', '.join(_CALLS)}.")
+    service = service_for(caller)
+    values = dict(args)
+    if call == "submit":
+        specs = [JobSpec.model_validate(row) for row in values["specs"]]
+        return [job_row(job) for job in service.submit(specs, held=bool(values.get("held")))]
+    if call == "jobs":
+        states = [JobState(state) for state in values["states"]] if values.get("states") is not None else None
+        return [
+            job_row(job) for job in service.jobs(states=states, owner=values.get("owner"), limit=values.get("limit"))
+        ]
+    if call == "events":
+        return [event_row(event) for event in service.events(**values)]
+    if call == "why":
+        return service.why(values["job_id"]).as_dict()
+    return job_row(getattr(service, call)(values["job_id"]))
