@@ -1,0 +1,102 @@
+"""Small inline SVG charts. They have no width in pixels: lengths are percentages and type has a fixed size, so that a
+chart is as readable on a phone as on a wall. Colours are the page's CSS variables, so dark mode needs no second chart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+_ROW, _BAR, _HEAD = 38, 10, 34
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One bar: its length `value`, the words at its right end, and (grouped bars) its spread and tone.
+
+    low, high: ends of the whisker, in the unit of `value`; None = no whisker. tone: `accent` (ours) or `peer`.
+    """
+
+    label: str
+    value: float
+    text: str
+    low: float | None = None
+    high: float | None = None
+    tone: str = "accent"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Bars that share a scale from zero: ours and its peers on one measurement. `note` stands at the right."""
+
+    title: str
+    bars: Sequence[Bar]
+    note: str = ""
+
+
+def horizontal_bars(bars: Sequence[Bar], title: str) -> Markup:
+    """One bar under the other on one scale from zero. `title` is what a screen reader says first."""
+    return _svg(title, [_rows(bars, top=0, scale=_longest(bars))], len(bars) * _ROW)
+
+
+def grouped_bars(groups: Sequence[Group], title: str) -> Markup:
+    """Groups one under the other, each on its own scale, with min–max whiskers."""
+    drawn: list[Markup] = []
+    top = 0
+    for group in groups:
+        drawn.append(
+            Markup('<text class="group" x="0" y="{y}">{title}</text>').format(y=top + 20, title=group.title)
+            + Markup('<text class="note" x="100%" y="{y}" text-anchor="end">{note}</text>').format(
+                y=top + 20, note=group.note
+            )
+        )
+        drawn.append(_rows(group.bars, top=top + _HEAD - 6, scale=_longest(group.bars)))
+        top += _HEAD + len(group.bars) * _ROW + 8
+    return _svg(title, drawn, top)
+
+
+def _longest(bars: Sequence[Bar]) -> float:
+    return max((max(bar.value, bar.high or 0.0) for bar in bars), default=0.0) or 1.0
+
+
+def _rows(bars: Sequence[Bar], *, top: int, scale: float) -> Markup:
+    return Markup("").join(_row(bar, top + index * _ROW, scale) for index, bar in enumerate(bars))
+
+
+def _row(bar: Bar, top: int, scale: float) -> Markup:
+    y = top + 20
+    row = Markup(
+        '<text x="0" y="{text_y}">{label}</text>'
+        '<text class="value" x="100%" y="{text_y}" text-anchor="end">{text}</text>'
+        '<rect class="track" x="0" y="{y}" width="100%" height="{h}" rx="3"/>'
+        '<rect class="bar {tone}" x="0" y="{y}" width="{width:.2f}%" height="{h}" rx="3"/>'
+    ).format(
+        text_y=top + 14,
+        label=bar.label,
+        text=bar.text,
+        tone=bar.tone,
+        y=y,
+        h=_BAR,
+        width=_percent(bar.value, scale),
+    )
+    if bar.low is not None and bar.high is not None:
+        low, high = _percent(bar.low, scale), _percent(bar.high, scale)
+        row += Markup(
+            '<line class="whisker" x1="{low:.2f}%" x2="{high:.2f}%" y1="{mid}" y2="{mid}"/>'
+            '<line class="whisker" x1="{low:.2f}%" x2="{low:.2f}%" y1="{a}" y2="{b}"/>'
+            '<line class="whisker" x1="{high:.2f}%" x2="{high:.2f}%" y1="{a}" y2="{b}"/>'
+        ).format(low=low, high=high, mid=y + _BAR / 2, a=y + 1, b=y + _BAR - 1)
+    return row
+
+
+def _percent(value: float, scale: float) -> float:
+    return min(100.0, max(0.0, 100.0 * value / scale))
+
+
+def _svg(title: str, parts: Sequence[Markup], height: int) -> Markup:
+    head = Markup('<svg class="chart" role="img" width="100%" height="{height}"><title>{title}</title>').format(
+        height=max(height, 1), title=title
+    )
+    return head + Markup("").join(parts) + Markup("</svg>")
