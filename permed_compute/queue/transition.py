@@ -41,6 +41,7 @@ class Draft:
     def __init__(self, tip: Tip, lease: Lease | None, find: Callable[[str], Job | None]) -> None:
         self.tip = tip
         self.lease = lease
+        self.lease_changed = False
         self.orders: dict[str, Order] = {}
         self.added: dict[str, tuple[Job, str]] = {}
         """New jobs, each with the digest of its spec."""
@@ -109,19 +110,20 @@ class Draft:
             return None
         lease = Lease((present.epoch if present else 0) + 1, holder, now + ttl_ms)
         self.note("lease-taken", actor=holder, data={"epoch": lease.epoch}, now=now)
-        self.lease = lease
+        self.lease, self.lease_changed = lease, True
         return lease
 
     def renew(self, lease: Lease, ttl_ms: int, *, now: int) -> Lease:
         self._check_lease(lease)
-        self.lease = replace(lease, expires_at=now + ttl_ms)
-        return self.lease
+        renewed = replace(lease, expires_at=now + ttl_ms)
+        self.lease, self.lease_changed = renewed, True
+        return renewed
 
     def release(self, lease: Lease, *, now: int) -> None:
         if self.lease is None or (self.lease.epoch, self.lease.holder) != (lease.epoch, lease.holder):
             return
         self.note("lease-released", actor=lease.holder, data={"epoch": lease.epoch}, now=now)
-        self.lease = Lease(lease.epoch, "", 0)
+        self.lease, self.lease_changed = Lease(lease.epoch, "", 0), True
 
     def _append(self, events: list[Event]) -> None:
         self.events += events

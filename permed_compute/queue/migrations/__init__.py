@@ -1,0 +1,1 @@
+"""Alembic's migrations of the queue's database. Run by `schema.upgrade`, never by the alembic command."""
