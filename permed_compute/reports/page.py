@@ -200,13 +200,19 @@ def _wall(usage: Mapping[str, Any]) -> str:
 
 
 def _device(devices: Sequence[Mapping[str, Any]]) -> str:
-    """`2 workers on h100 (cuda:0), 1 worker on cpu`."""
-    counts: Counter[str] = Counter()
+    """`2 workers on h100 (GPU 0, GPU 1); 1 worker on CPU`. The node is left out: host names can name people."""
+    workers: dict[str, list[str]] = {}
     for row in devices:
-        flavor, device = str(row.get("flavor") or ""), str(row.get("device") or "")
-        name = flavor.upper() if flavor in {"cpu", "gpu"} else flavor
-        counts[f"{name} ({device})" if device not in ("", flavor) else name] += 1
-    return ", ".join(f"{count} worker{'s' if count > 1 else ''} on {name}" for name, count in counts.items())
+        gpus = row.get("devices")
+        given = [f"GPU {index}" for index in gpus] if isinstance(gpus, list | tuple) else [str(row.get("device") or "")]
+        workers.setdefault(str(row.get("flavor") or ""), []).append(", ".join(given))
+    return "; ".join(_workers_on(flavor, given) for flavor, given in workers.items())
+
+
+def _workers_on(flavor: str, given: Sequence[str]) -> str:
+    name = flavor.upper() if flavor in {"cpu", "gpu"} else flavor
+    which = ", ".join(dict.fromkeys(device for device in given if device not in ("", flavor)))
+    return f"{len(given)} worker{'s' if len(given) > 1 else ''} on {name}" + (f" ({which})" if which else "")
 
 
 def _usage(usage: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -228,7 +234,8 @@ def _provenance(manifest: Mapping[str, Any], job: Mapping[str, Any]) -> list[tup
     job_rows = [(key, job.get(key)) for key in ("id", "attempt", "band", "purpose", "data_class", "account")]
     made_with = [
         ("workload", workload.get("name")), ("output version", workload.get("version")),
-        ("model digest", workload.get("model_digest")), ("code version", code.get("version")),
+        ("model digest", workload.get("model_digest")), ("own code's digest", workload.get("code")),
+        ("spec digest", manifest.get("spec_digest")), ("code version", code.get("version")),
         ("commit", code.get("commit")), ("uncommitted changes", code.get("dirty")), ("seed", manifest.get("seed")),
         ("policy", manifest.get("policy")), ("started", when(manifest.get("started_at"))),
         ("ended", when(manifest.get("ended_at"))),
