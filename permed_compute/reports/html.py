@@ -36,7 +36,7 @@ def _environment() -> Environment:
 
 
 def number(value: Any) -> str:
-    """A figure for people: four significant digits below 1,000, whole above 10,000, thousands set apart."""
+    """A figure for people: four significant digits below 1,000, one decimal above, none above 10,000."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -49,7 +49,8 @@ def number(value: Any) -> str:
     if size and size < 1e-4:
         return f"{value:.3g}"
     if size >= 1000:
-        return f"{value:,.{0 if size >= 10_000 else 1}f}".replace(",", _NARROW)
+        digits = 0 if size >= 10_000 or value == int(value) else 1
+        return f"{value:,.{digits}f}".replace(",", _NARROW)
     digits = max(0, 4 - len(str(int(size)))) if size >= 1 else 4
     text = f"{value:.{digits}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks/ is no installed package
+
+from benchmarks.harness import Case, LeftOutError, measured, run
+
+
+def toy(*cases: Case) -> dict:
+    """The report of one benchmark with these cases, three measurements each."""
+    module = SimpleNamespace(TITLE="Toy", WHY="To test.", cases=lambda quick: list(cases))
+    return run({"toy": module}, repeats=3)["benchmarks"][0]
+
+
+def burn(seconds: float) -> float:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+    return 1.0
+
+
+def case(name: str, measure=lambda: 1.0, **more) -> Case:
+    return Case(**{"group": "g", "name": name, "unit": "1/s", "better": "higher", "measure": measure} | more)
+
+
+def test_cases_of_a_group_interleave_after_a_warm_up_and_take_turns_to_begin() -> None:
+    calls: list[str] = []
+
+    def named(name: str):
+        return case(name, lambda: calls.append(name) or float(len(calls)))
+
+    [group] = toy(named("a"), named("b"))["groups"]
+    assert calls == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    first, second = group["cases"]
+    assert (first["first"], second["first"]) == (1.0, 2.0)
+    assert (first["values"], first["median"], first["min"], first["max"]) == ([4.0, 5.0, 8.0], 5.0, 4.0, 8.0)
+    assert first["n"] == second["n"] == 3
+
+
+def test_groups_keep_their_order_and_units() -> None:
+    report = toy(case("a", group="second"), case("b", group="first", unit="s", better="lower"))
+    assert [(g["group"], g["unit"], g["better"]) for g in report["groups"]] == [
+        ("second", "1/s", "higher"),
+        ("first", "s", "lower"),
+    ]
+
+
+def test_a_case_that_breaks_and_a_peer_that_is_absent_do_not_stop_the_others() -> None:
+    def breaks() -> float:
+        raise ZeroDivisionError("no")
+
+    def absent() -> float:
+        raise LeftOutError("the peer is not installed")
+
+    [group] = toy(case("good"), case("bad", breaks), case("peer", absent, peer=True))["groups"]
+    good, bad, peer = group["cases"]
+    assert good["n"] == 3
+    assert (bad["n"], bad["error"]) == (0, "ZeroDivisionError: no")
+    assert (peer["n"], peer["left_out"]) == (0, "the peer is not installed")
+
+
+def test_a_module_that_breaks_is_recorded_and_what_was_opened_is_closed() -> None:
+    closed: list[str] = []
+    mixed = [case("a", close=lambda: closed.append("a")), case("b", unit="s")]
+    report = toy(*mixed)
+    assert "must share unit" in report["error"]
+    assert closed == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "better", "limit", "ratio", "met"),
+    [
+        (10.0, "higher", 5.0, None, True),
+        (10.0, "higher", 50.0, None, False),
+        (10.0, "lower", 50.0, None, True),
+        (10.0, "lower", None, 1.05, False),
+        (8.2, "lower", None, 1.05, True),
+        (8.2, "lower", 1.0, 1.05, False),
+        (8.2, "higher", None, None, None),
+    ],
+)
+def test_goals_are_judged_on_the_median(ours, better, limit, ratio, met) -> None:
+    mine = case("ours", lambda: ours, better=better, goal="a goal", limit=limit, ratio=ratio)
+    [group] = toy(mine, case("peer", lambda: 8.0, better=better, peer=True))["groups"]
+    assert [goal["met"] for goal in group["goals"]] == [met]
+
+
+def test_a_goal_against_an_absent_peer_is_neither_met_nor_missed() -> None:
+    [group] = toy(case("ours", goal="as fast as the peer", ratio=1.0))["groups"]
+    assert group["goals"][0]["met"] is None
+
+
+def test_cpu_of_this_process_is_counted_and_sleep_is_not() -> None:
+    busy, idle = measured(lambda: burn(0.3)), measured(lambda: time.sleep(0.3) or 0.0)
+    assert 0.25 <= busy.cpu_s <= 0.6
+    assert idle.wall_s >= 0.3 and idle.cpu_s < 0.2
+
+
+def test_cpu_of_children_is_counted_once_whether_they_ended_or_live_on() -> None:
+    code = "import time\nwhile time.process_time() < 0.6: pass"
+    ended = measured(lambda: float(subprocess.run([sys.executable, "-c", code], check=True).returncode))
+    assert 0.55 <= ended.cpu_s <= 0.95
+    child = subprocess.Popen(
+        [sys.executable, "-c", code + "\nprint(1, flush=True)\ntime.sleep(60)"], stdout=subprocess.PIPE
+    )
+    try:
+        living = measured(lambda: float(child.stdout.readline()))
+        assert 0.3 <= living.cpu_s <= 0.95
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+def test_a_daemon_that_left_the_tree_is_counted() -> None:
+    daemon = "import time\nwhile time.process_time() < 0.8: pass\ntime.sleep(1)"
+    starter = (
+        "import subprocess, sys\n"
+        f"print(subprocess.Popen([sys.executable, '-c', {daemon!r}], start_new_session=True).pid, flush=True)"
+    )
+
+    def start() -> float:
+        done = subprocess.run([sys.executable, "-c", starter], stdout=subprocess.PIPE, check=True, text=True)
+        time.sleep(1.6)
+        return float(done.stdout)
+
+    reading = measured(start)
+    assert reading.cpu_s >= 0.5
+
+
+def test_peak_memory_has_the_children_in_it() -> None:
+    code = "import time; x = bytearray(200 << 20); time.sleep(0.8)"
+    small = measured(lambda: 0.0)
+    large = measured(lambda: float(subprocess.run([sys.executable, "-c", code], check=True).returncode))
+    assert large.rss_mib - small.rss_mib > 190
