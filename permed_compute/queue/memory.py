@@ -104,11 +104,12 @@ class MemoryQueue:
         """Nothing is held."""
 
     def _draft(self) -> Draft:
-        return Draft(self._tip, self._lease, self._jobs.get)
+        return Draft(self._tip, lambda: self._lease, self._jobs.get)
 
     def _keep(self, draft: Draft) -> None:
         self._jobs.update((job_id, job) for job_id, (job, _) in draft.added.items())
         self._jobs.update(draft.moved)
         self._events += draft.events
         self._tip = Tip(*draft.tip)
-        self._lease = draft.lease
+        if draft.lease_changed:
+            self._lease = draft.lease

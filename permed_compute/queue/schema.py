@@ -22,7 +22,13 @@ _LOCK = 0x7065726D  # "perm": PostgreSQL's advisory lock that every writer takes
 
 _TEXT, _BIG = sa.Text, sa.BigInteger
 metadata = sa.MetaData()
-specs = sa.Table("queue_specs", metadata, sa.Column("digest", _TEXT, primary_key=True), sa.Column("text", _TEXT))
+specs = sa.Table(
+    "queue_specs",
+    metadata,
+    sa.Column("digest", _TEXT, primary_key=True),
+    sa.Column("text", _TEXT),
+    info={"by_digest": True},
+)
 jobs = sa.Table(
     "queue_jobs",
     metadata,

@@ -12,13 +12,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from permed_compute.errors import QueueError
-from permed_compute.queue import backup, schema
+from permed_compute.queue import backup, bulk, schema
 from permed_compute.queue.events import START, Anchor, Tip, canonical
 from permed_compute.queue.port import Clock, Event, Job, Lease, Move, wall_clock
 from permed_compute.queue.transition import LEAST_PREFIX, Draft, Order, no_such_job
@@ -33,14 +34,6 @@ _KEYS_PER_QUERY = 500
 
 _TIP = sa.select(schema.events.c.seq, schema.events.c.hash).order_by(schema.events.c.seq.desc()).limit(1)
 _JOBS = sa.select(schema.jobs)
-_UPDATE = (
-    sa.update(schema.jobs)
-    .where(schema.jobs.c.id == sa.bindparam("job"))
-    .values({
-        name: sa.bindparam(name)
-        for name in ("state", "version", "attempt", "reason", "changed_at", "started_at", "detail")
-    })
-)  # fmt: skip
 
 
 class _Call:
@@ -187,35 +180,25 @@ class SqlQueue:
         ids = {move.job_id for call in calls for move in call.moves}
         found = {job.id: job for job in self._by(connection, schema.jobs.c.id, ids)} if ids else {}
         tip = connection.execute(_TIP).one_or_none()
-        row = connection.execute(sa.select(schema.lease)).one_or_none()
-        return Draft(Tip(*tip) if tip else START, Lease(*row) if row else None, found.get)
+
+        def lease() -> Lease | None:
+            row = connection.execute(sa.select(schema.lease)).one_or_none()
+            return Lease(*row) if row else None
+
+        return Draft(Tip(*tip) if tip else START, lease, found.get)
 
     def _write_draft(self, connection: sa.Connection, draft: Draft) -> None:
-        if new := self._unknown(connection, draft.orders):
-            connection.execute(
-                sa.insert(schema.specs), [{"digest": key, "text": draft.orders[key].text} for key in new]
-            )
-        if draft.added:
-            connection.execute(sa.insert(schema.jobs), [_job_values(*row) for row in draft.added.values()])
-        if draft.moved:
-            connection.execute(_UPDATE, [_moved_values(job) for job in draft.moved.values()])
-        if draft.events:
-            connection.execute(sa.insert(schema.events), [_event_values(event) for event in draft.events])
-        if draft.lease_changed:
-            assert draft.lease is not None
-            connection.execute(sa.delete(schema.lease))
-            values = {"epoch": draft.lease.epoch, "holder": draft.lease.holder, "expires_at": draft.lease.expires_at}
-            connection.execute(sa.insert(schema.lease), values)
-
-    def _unknown(self, connection: sa.Connection, digests: Iterable[str]) -> list[str]:
-        unknown = sorted(set(digests) - self._specs.held(digests).keys())
-        column = schema.specs.c.digest
-        stored = {
-            row.digest
-            for page in _pages(unknown)
-            for row in connection.execute(sa.select(column).where(column.in_(page)))
+        known = self._specs.held(draft.orders)
+        rows = {
+            schema.specs: [{"digest": key, "text": o.text} for key, o in draft.orders.items() if key not in known],
+            schema.jobs: [_job_values(*row) for row in draft.added.values()],
+            schema.events: [_event_values(event) for event in draft.events],
         }
-        return [digest for digest in unknown if digest not in stored]
+        if draft.lease_changed and draft.lease is not None:
+            connection.execute(sa.delete(schema.lease))
+            rows[schema.lease] = [asdict(draft.lease)]
+        bulk.insert(connection, rows)
+        bulk.update(connection, schema.jobs, "id", [_moved_values(job) for job in draft.moved.values()])
 
     # ------------------------------------------------------------------------------------- reads
 
@@ -346,14 +329,15 @@ def _job_values(job: Job, digest: str) -> dict[str, Any]:
         "seq": job.seq, "id": job.id, "spec": digest, "array_id": job.array_id, "array_index": job.array_index,
         "state": job.state.value, "version": job.version, "owner": job.owner, "attempt": job.attempt,
         "reason": job.reason, "submitted_at": job.submitted_at, "changed_at": job.changed_at,
-        "started_at": job.started_at, "detail": canonical(job.detail),
+        "started_at": job.started_at, "detail": canonical(job.detail) if job.detail else "{}",
     }  # fmt: skip
 
 
 def _moved_values(job: Job) -> dict[str, Any]:
     return {
-        "job": job.id, "state": job.state.value, "version": job.version, "attempt": job.attempt, "reason": job.reason,
-        "changed_at": job.changed_at, "started_at": job.started_at, "detail": canonical(job.detail),
+        "id": job.id, "state": job.state.value, "version": job.version, "attempt": job.attempt, "reason": job.reason,
+        "changed_at": job.changed_at, "started_at": job.started_at,
+        "detail": canonical(job.detail) if job.detail else "{}",
     }  # fmt: skip
 
 

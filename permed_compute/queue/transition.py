@@ -6,8 +6,10 @@ change, jobs and events together, or raises and adds nothing, so that many calls
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from permed_compute.errors import LeaseLostError, NotFoundError, StaleError, StateError
@@ -32,15 +34,19 @@ class Order:
     @classmethod
     def of(cls, spec: JobSpec) -> Order:
         elements = tuple(spec.element(index) for index in range(len(spec.array)))
-        return cls(spec, spec.canonical(), spec.digest(), elements)
+        text = spec.canonical()
+        return cls(spec, text, hashlib.sha256(text.encode()).hexdigest(), elements)  # = spec.digest()
 
 
 class Draft:
-    """Changes planned and not yet written. `find` looks a job up in the store and returns None where there is none."""
+    """Changes planned and not yet written.
 
-    def __init__(self, tip: Tip, lease: Lease | None, find: Callable[[str], Job | None]) -> None:
+    `lease` reads the store's lease, and is asked only where a call needs it; `find` looks a job up in the store and
+    returns None where there is none.
+    """
+
+    def __init__(self, tip: Tip, lease: Callable[[], Lease | None], find: Callable[[str], Job | None]) -> None:
         self.tip = tip
-        self.lease = lease
         self.lease_changed = False
         self.orders: dict[str, Order] = {}
         self.added: dict[str, tuple[Job, str]] = {}
@@ -48,6 +54,12 @@ class Draft:
         self.moved: dict[str, Job] = {}
         self.events: list[Event] = []
         self._find = find
+        self._read_lease = lease
+
+    @cached_property
+    def lease(self) -> Lease | None:
+        """The newest lease, with what this draft changes."""
+        return self._read_lease()
 
     def submit(self, orders: Sequence[Order], *, owner: str, held: bool, now: int) -> list[Job]:
         state, reason = (JobState.HELD, "held-by-user") if held else (JobState.QUEUED, "submitted")
@@ -99,7 +111,7 @@ class Draft:
     ) -> Event:
         event = chained(
             self.tip, at=now, job_id=job_id, actor=actor, action="NOTED", before="", after="", reason=reason,
-            policy=policy, data=data,
+            policy=policy, data=plain(data),
         )  # fmt: skip
         self._append([event])
         return event
