@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -50,7 +50,7 @@ def bench(
     modules = load_benchmarks(find_folder(folder), names or [])
     if list_them:
         rows = [{"name": name, "title": module.TITLE, "why": module.WHY} for name, module in modules.items()]
-        session.answer(rows, *(f"[bold]{row['name']}[/]  {row['title']}" for row in rows))
+        session.answer(rows, *(f"[bold]{escape(row['name'])}[/]  {escape(row['title'])}" for row in rows))
         return
     _measure(session, modules, out, quick=quick, repeats=repeats)
 
@@ -67,7 +67,8 @@ def _measure(
     write_json(target / RESULT, report)
     page = render_benchmark_page(report, target / PAGE)
     broken = failures(report)
-    session.answer(report, _table(report), *(f"[red]{sentence}[/]" for sentence in broken), f"{page.resolve()}")
+    told = [f"[red]{escape(sentence)}[/]" for sentence in broken]
+    session.answer(report, *_tables(report), *told, escape(str(page.resolve())))
     if broken:
         raise typer.Exit(Exit.FAILED)
 
@@ -80,7 +81,7 @@ def _compare(session: Session, old_path: Path, new_path: Path) -> None:
     old, new = read_run(old_path), read_run(new_path)
     rows, apart = compare(old, new), differences(old, new)
     value = {"rows": [asdict(row) for row in rows], "differences": apart}
-    session.answer(value, *(f"[yellow]{sentence}[/]" for sentence in apart), _comparison(rows))
+    session.answer(value, *(f"[yellow]{escape(sentence)}[/]" for sentence in apart), _comparison(rows))
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -149,37 +150,46 @@ def _facts() -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- showing them
 
 
-def _table(report: Mapping[str, Any]) -> Any:
+def escape(text: str) -> str:
+    """Words of others as words: square brackets are markup to Rich."""
+    from rich.markup import escape as escaped
+
+    return escaped(text)
+
+
+def _tables(report: Mapping[str, Any]) -> Iterator[Any]:
+    """One table per group: 80 columns hold the figures, not the headings beside them."""
     from rich.table import Table
 
-    from permed_compute.reports.benchmarks import figure
+    from permed_compute.reports.benchmarks import figure, spread
 
-    table = Table("Benchmark", "What", "Case", title="Medians")
-    for column in ("Median", "Least – most", "CPU s", "MiB"):
-        table.add_column(column, justify="right")
-    table.add_column("Goal")
     for benchmark in report["benchmarks"]:
+        if benchmark.get("left_out"):
+            yield f"{escape(benchmark['name'])}: left out, {escape(benchmark['left_out'])}"
         for group in benchmark["groups"]:
+            title = f"{escape(benchmark['name'])}: {escape(group['group'])} ({group['better']} is better)"
+            table = Table("Case", title=title, title_justify="left")
+            for column in ("Median", "Least – most", "CPU s", "MiB"):
+                table.add_column(column, justify="right")
+            table.add_column("Goal")
             goals = {goal["case"]: goal for goal in group["goals"]}
             for case in group["cases"]:
-                name = f"{case['name']} (peer)" if case["peer"] else case["name"]
-                if not case.get("n"):
-                    note = case.get("error") or case.get("left_out") or ""
-                    table.add_row(benchmark["name"], group["group"], name, "–", note)
-                    continue
-                spread = f"{figure(case['min'], group['unit'])} – {figure(case['max'], group['unit'])}"
-                table.add_row(
-                    benchmark["name"], group["group"], name, figure(case["median"], group["unit"]), spread,
-                    f"{case['cpu_s']:.2f}", f"{case['rss_mib']:.0f}", _goal(goals.get(case["name"])),
-                )  # fmt: skip
-    return table
+                name = escape(f"{case['name']} (peer)" if case["peer"] else case["name"])
+                if case.get("n"):
+                    table.add_row(
+                        name, figure(case["median"], group["unit"]), spread(case, group["unit"]),
+                        f"{case['cpu_s']:.2f}", f"{case['rss_mib']:.0f}", _goal(goals.get(case["name"])),
+                    )  # fmt: skip
+                else:
+                    table.add_row(name, "–", "–", "–", "–", escape(case.get("error") or case.get("left_out") or ""))
+            yield table
 
 
 def _goal(goal: Mapping[str, Any] | None) -> str:
     if goal is None:
         return ""
     word = {True: "[green]met[/]", False: "[red]missed[/]", None: "not compared"}[goal["met"]]
-    return f"{goal['goal']} {word}".strip()
+    return f"{escape(goal['goal'])} {word}".strip()
 
 
 def _comparison(rows: Any) -> Any:
@@ -196,5 +206,11 @@ def _comparison(rows: Any) -> Any:
         old, new = ("–" if value is None else figure(value, row.unit) for value in (row.old, row.new))
         ratio = "–" if row.ratio is None else f"{row.ratio:.3f}"
         colour = colours.get(row.verdict, "default")
-        table.add_row(row.benchmark, row.group, row.case, old, new, ratio, f"[{colour}]{row.verdict}[/]")
+        table.add_row(
+            *(escape(text) for text in (row.benchmark, row.group, row.case)),
+            old,
+            new,
+            ratio,
+            f"[{colour}]{row.verdict}[/]",
+        )
     return table

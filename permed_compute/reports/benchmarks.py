@@ -9,7 +9,7 @@ from typing import Any
 
 from permed_compute.paths import replacing
 from permed_compute.reports.charts import Bar, Group, grouped_bars
-from permed_compute.reports.html import amount, number, render, scalars, seconds
+from permed_compute.reports.html import amount, number, render, scalars
 
 _SAME = 0.05
 """Two medians this near are called the same even where each run's own spread is smaller: other days differ by that."""
@@ -81,14 +81,18 @@ def render_benchmark_page(run: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def figure(value: Any, unit: str) -> str:
-    """The figure with its unit; seconds in the size that reads best."""
-    return seconds(value) if unit == "s" else f"{number(_rounded(value))}\u202f{unit}"
+def figure(value: float, unit: str) -> str:
+    """The figure with its unit, in four significant digits (a benchmark knows no more); seconds below one as ms."""
+    if unit == "s" and abs(value) < 1:
+        value, unit = value * 1000, "ms"
+    return f"{number(float(f'{value:.4g}'))}\u202f{unit}"
 
 
-def _rounded(value: Any) -> Any:
-    """Four significant digits: a benchmark knows no more."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def spread(case: Mapping[str, Any], unit: str) -> str:
+    """`768.9 – 883.7 jobs/s`: least and most, with the unit once where both have the same."""
+    low, high = (figure(case[end], unit).split("\u202f") for end in ("min", "max"))
+    left = low[:-1] if low[-1] == high[-1] else low
+    return "\u202f".join(left) + " – " + "\u202f".join(high)
 
 
 def _figures(run: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str], dict[str, Any]]]:
@@ -122,7 +126,7 @@ def _shown(group: Mapping[str, Any]) -> dict[str, Any]:
         row = {**case, "note": case.get("error") or case.get("left_out") or ""}
         if case.get("n"):
             row["figure"] = figure(case["median"], unit)
-            row["range"] = f"{figure(case['min'], unit)} – {figure(case['max'], unit)}"
+            row["range"] = spread(case, unit)
             row["memory"] = f"{number(round(case['rss_mib']))}\u202fMiB"
             if peers and not case["peer"]:
                 row["against"] = f"{case['median'] / peers[0]:.2f} ×"
