@@ -1,0 +1,131 @@
+"""`permed submit`: queue a job and return; or say what would be decided about it now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from permed_compute.cli import jobfile, words
+from permed_compute.cli.session import Session
+from permed_compute.cli.validate import notes, workload_problem
+from permed_compute.errors import SpecError
+
+if TYPE_CHECKING:
+    from permed_compute.client import Client
+    from permed_compute.queue.port import Job
+    from permed_compute.spec import JobSpec
+
+_FILES_COUNTED = 100_000
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("submit")(submit)
+
+
+def submit(
+    ctx: typer.Context,
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Job files, or names of shipped jobs.")],
+    sets: jobfile.SetOption = None,
+    inputs: jobfile.InputOption = None,
+    hold: Annotated[bool, typer.Option("--hold", help="Queue it held; `permed release` lets it go.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Queue nothing; say what would be decided now, and why.")
+    ] = False,
+) -> None:
+    """Queue jobs and return at once; a controller, or the next `permed run`, works them off.
+
+    Example: permed submit job.yaml --input scans/ --set resources.cpus=2
+    """
+    session = Session.of(ctx)
+    specs = [checked(file, sets, inputs) for file in files]
+    with session.client() as client:
+        if dry_run:
+            rows = [preview(client, spec) for spec in specs]
+            session.answer(rows, *(_shown(row) for row in rows))
+            return
+        jobs = client.service.submit(specs, held=hold)
+        session.answer([words.job_row(job) for job in jobs], lambda console: _list(console, jobs))
+        if client.embedded and not hold:
+            session.note("No controller runs here: `permed controller`, or the next `permed run`, works it off.")
+
+
+def checked(file: str, sets: list[str] | None, inputs: list[str] | None) -> JobSpec:
+    """The spec, or `SpecError`: a workload that does not exist is better refused now than at its start."""
+    spec = jobfile.load(file, sets, inputs)
+    problem = workload_problem(spec)
+    if problem is not None:
+        raise SpecError(file, [problem])
+    return spec
+
+
+def _list(console: Any, jobs: list[Job]) -> None:
+    words.job_lines(console, jobs[:20])
+    if len(jobs) > 20:
+        console.print(f"… and {len(jobs) - 20} more, {jobs[0].array_id and f'array {jobs[0].array_id}'}")
+
+
+# ------------------------------------------------------------------------------------------- dry run
+
+
+def preview(client: Client, spec: JobSpec) -> dict[str, Any]:
+    """What would be decided now: the same snapshot and the same `decide` that the controller uses."""
+    from permed_compute.admission.decide import decide
+    from permed_compute.admission.explain import explain
+    from permed_compute.admission.snapshot import Policy, take
+    from permed_compute.execution.device import local_node
+    from permed_compute.queue.port import Job, new_id, wall_clock
+    from permed_compute.states import ENDED, JobState
+
+    now = wall_clock()
+    job = Job(new_id(now), spec, JobState.QUEUED, 1, 2**62, "", 0, "dry-run", now, now, 0)
+    others = client.service.jobs(states=set(JobState) - ENDED)
+    wanted = {other for each in (*others, job) if each.state is JobState.QUEUED for other in each.spec.dependencies}
+    states = {other: client.service.job(other).state for other in wanted}
+    nodes = (local_node(client.settings),)
+    plan = decide(
+        take(nodes, [*others, job], states, grace_ms=client.settings.grace * 1000), Policy(), now
+    )  # fmt: skip
+    admission = next((each for each in plan.admissions if each.job_id == job.id), None)
+    names = {other.id: other.spec.name for other in others}
+    said = explain(job, plan, lambda other: names.get(other, "")).as_dict()
+    grants = admission.grants if admission else ()
+    return {
+        "name": spec.name, "workload": spec.workload, "digest": spec.digest(), "elements": max(1, len(spec.array)),
+        "starts_now": admission is not None, "why": admission.why if admission else said["sentence"],
+        "change": "" if admission else said["change"], "code": "admitted" if admission else said["code"],
+        "grants": [{"node": g.node, "flavor": g.flavor, "cpus": g.cpu_milli / 1000, "memory_mib": g.memory,
+                    "gpus": g.gpu_milli / 1000, "devices": list(g.devices)} for g in grants],
+        "inputs": [_input_row(ref.name, Path(ref.path)) for ref in spec.inputs], "notes": notes(spec),
+        "scope": list(spec.scope()),
+    }  # fmt: skip
+
+
+def _input_row(name: str, path: Path) -> dict[str, Any]:
+    count, total = 0, 0
+    files = path.rglob("*") if path.is_dir() else [path]
+    for file in files:
+        if file.is_file():
+            count, total = count + 1, total + file.stat().st_size
+        if count >= _FILES_COUNTED:
+            break
+    return {"name": name, "path": str(path), "exists": path.exists(), "files": count, "bytes": total}
+
+
+def _shown(row: dict[str, Any]) -> Any:
+    each = row["grants"][0] if row["grants"] else None
+    workers = (
+        f"{len(row['grants'])} × {each['cpus']:g} CPU, {each['memory_mib']} MiB, on {each['flavor']}" if each else ""
+    )
+    verdict = "[green]would start now[/]" if row["starts_now"] else "[yellow]would wait[/]"
+    inputs = [
+        (f"input {i['name']}", f"{i['path']}: " + (f"{i['files']} files, {words.size(i['bytes'])}" if i["exists"]
+                                                   else "not on this machine"))
+        for i in row["inputs"]
+    ]  # fmt: skip
+    return words.facts([
+        ("job", f"{row['name']} ({row['digest'][:12]})"), ("workload", row["workload"]),
+        ("elements", row["elements"] if row["elements"] > 1 else ""), ("decision", verdict), ("workers", workers),
+        ("why", row["why"]), ("to change it", row["change"]), *inputs, ("scope", " · ".join(row["scope"])),
+    ])  # fmt: skip
