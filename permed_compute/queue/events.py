@@ -16,8 +16,8 @@ import hashlib
 import hmac
 import json
 import logging
-import os
 import secrets
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from permed_compute.errors import AuditError, QueueError
-from permed_compute.paths import read_json, write_json
+from permed_compute.paths import read_json, replacing, write_json
 from permed_compute.queue.port import Event, Queue, wall_clock
 
 log = logging.getLogger(__name__)
@@ -146,11 +146,14 @@ class Anchor:
             row = read_json(self.file)
             if row is None and not self.key_file.exists():
                 return None
+            row = row or read_json(self.file)  # both appear at once, perhaps between the two looks
             if row is None:
                 raise AuditError(f"The anchor {self.file} is gone, its key is there.", seq=0)
             mark = Mark(int(row["seq"]), str(row["hash"]), int(row["at"]))
-            if not hmac.compare_digest(self._sign(mark), str(row["hmac"])):
+            if not hmac.compare_digest(_sign(mark, self.key_file), str(row["hmac"])):
                 raise AuditError(f"The anchor {self.file} does not match its key: it has been edited.", seq=0)
+        except FileNotFoundError:
+            raise AuditError(f"The anchor's key {self.key_file} is gone.", seq=0) from None
         except (KeyError, TypeError, ValueError):
             raise AuditError(f"The anchor {self.file} cannot be read: it has been edited.", seq=0) from None
         return mark
@@ -218,26 +221,31 @@ class Anchor:
                 log.warning("The audit anchor could not be written (%s).", error.strerror)
 
     def _write(self, mark: Mark) -> None:
-        row = {"seq": mark.seq, "hash": mark.hash, "at": mark.at, "hmac": self._sign(mark)}
-        write_json(self.file, row)
+        if not self.key_file.exists() and not self.file.exists():
+            self._create()
+        self._publish(mark, self.folder)
         self._written = Tip(mark.seq, mark.hash)
 
-    def _sign(self, mark: Mark) -> str:
-        text = canonical({"seq": mark.seq, "hash": mark.hash, "at": mark.at})
-        return hmac.new(self._key(), text.encode("ascii"), "sha256").hexdigest()
+    def _create(self) -> None:
+        """Key and first anchor appear together, so that one without the other always means tampering."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=self.folder.parent, prefix=".anchor.") as name:
+            new = Path(name) / self.folder.name
+            new.mkdir(mode=0o700)
+            with replacing(new / self.key_file.name) as key:
+                key.write_text(secrets.token_hex(32), encoding="ascii")
+            self._publish(Mark(START.seq, START.hash, wall_clock()), new)
+            new.rename(self.folder)
 
-    def _key(self) -> bytes:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        try:
-            handle = os.open(self.key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return bytes.fromhex(self.key_file.read_text(encoding="ascii"))
-        key = secrets.token_bytes(32)
-        with os.fdopen(handle, "w", encoding="ascii") as file:
-            file.write(key.hex())
-            file.flush()
-            os.fsync(file.fileno())
-        return key
+    def _publish(self, mark: Mark, folder: Path) -> None:
+        row = {"seq": mark.seq, "hash": mark.hash, "at": mark.at, "hmac": _sign(mark, folder / self.key_file.name)}
+        write_json(folder / self.file.name, row)
+
+
+def _sign(mark: Mark, key_file: Path) -> str:
+    key = bytes.fromhex(key_file.read_text(encoding="ascii"))
+    text = canonical({"seq": mark.seq, "hash": mark.hash, "at": mark.at})
+    return hmac.new(key, text.encode("ascii"), "sha256").hexdigest()
 
 
 # --------------------------------------------------------------------------------------------- verification
