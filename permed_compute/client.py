@@ -240,15 +240,15 @@ def open_client(settings: Settings | None = None) -> Iterator[Client]:
 def _join_or_lock(settings: Settings, stack: ExitStack) -> GatewayClient | None:
     """A connection to the controller that runs, or None once this process holds the home's lock."""
     deadline = time.monotonic() + _LOCK_WAIT_S
-    handle = os.open(settings.paths.lock, os.O_RDWR | os.O_CREAT, 0o600)
-    stack.callback(os.close, handle)
+    lock = os.open(settings.paths.lock, os.O_RDWR | os.O_CREAT, 0o600)
+    stack.callback(os.close, lock)
     while True:
         try:
             return connect(settings.paths.socket)
         except NotFoundError:
             pass
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise QueueError(

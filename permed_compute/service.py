@@ -23,7 +23,7 @@ _RESUMABLE = ENDED - {JobState.SUCCEEDED}
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: a user name from the operating system, and whether it is the user that the controller runs as, or root."""
+    """Who asks: a user name from the operating system; `operator` for root and the user that the controller runs as."""
 
     name: str
     operator: bool

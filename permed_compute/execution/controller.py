@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _ASK_ENGINE_MS = 2_000
 """An attempt is asked after at most this often."""
+_QUIET_MS = 5_000
+"""An attempt that shows no sign of life for this long is asked after (it beats every 2 s)."""
 _POLL_S = 0.1
 
 
@@ -217,7 +219,7 @@ class Controller:
     def _ask_engine(self, job: Job, attempt: Attempt) -> bool:
         now = self.clock()
         quiet = now - max(records.last_sign(attempt.paths.root), job.changed_at)
-        if job.state is not JobState.UNKNOWN and quiet < min(self.settings.heartbeat * 1000, 5_000):
+        if job.state is not JobState.UNKNOWN and quiet < _QUIET_MS:
             return False
         if now - self._asked.get(attempt.name, 0) < _ASK_ENGINE_MS:
             return False
@@ -229,7 +231,7 @@ class Controller:
             if exit_record is not None:
                 return self._settle(job, attempt, exit_record)
             return self._lost(job, attempt, "attempt-lost")
-        if liveness is Liveness.UNKNOWN and job.state is JobState.RUNNING and quiet > self.settings.heartbeat * 1000:
+        if liveness is Liveness.UNKNOWN and job.state is JobState.RUNNING and quiet >= self.settings.heartbeat * 1000:
             self._move(job, JobState.UNKNOWN, "engine-silent", detail=_said(job, "The engine does not answer."))
             return True
         if liveness is Liveness.ALIVE and job.state is JobState.UNKNOWN:

@@ -33,6 +33,7 @@ class InProcessExecutor:
     def __init__(self, settings: Settings, nodes: tuple[Node, ...] | None = None) -> None:
         self._nodes = nodes if nodes is not None else (local_node(settings),)
         self._threads: dict[str, threading.Thread] = {}
+        self._attempts: dict[str, Attempt] = {}
 
     def nodes(self) -> tuple[Node, ...]:
         return self._nodes
@@ -43,7 +44,7 @@ class InProcessExecutor:
         thread = threading.Thread(
             target=drive, args=(attempt.paths, _crew, self.facts()), name=attempt.name, daemon=True
         )
-        self._threads[attempt.name] = thread
+        self._threads[attempt.name], self._attempts[attempt.name] = thread, attempt
         thread.start()
 
     def liveness(self, attempt: Attempt) -> Liveness:
@@ -53,8 +54,7 @@ class InProcessExecutor:
     def end(self, attempt: Attempt) -> bool:
         thread = self._threads.get(attempt.name)
         if thread is not None and thread.is_alive():
-            if not attempt.paths.stop.exists():
-                write_json(attempt.paths.stop, {"reason": "end"})
+            _ask_to_stop(attempt)
             thread.join(_END_WAIT_S)
             if thread.is_alive():
                 return False
@@ -69,9 +69,17 @@ class InProcessExecutor:
         return {"engine": self.name}
 
     def close(self) -> None:
+        alive = [name for name, thread in self._threads.items() if thread.is_alive()]
+        for name in alive:
+            _ask_to_stop(self._attempts[name])
         deadline = time.monotonic() + _END_WAIT_S
-        for thread in self._threads.values():
-            thread.join(max(0.0, deadline - time.monotonic()))
+        for name in alive:
+            self._threads[name].join(max(0.0, deadline - time.monotonic()))
+
+
+def _ask_to_stop(attempt: Attempt) -> None:
+    if attempt.paths.root.exists() and not attempt.paths.stop.exists():
+        write_json(attempt.paths.stop, {"reason": "end"})
 
 
 def _crew(attempt: Attempt) -> _Threads | _Processes:

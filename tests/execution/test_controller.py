@@ -1,0 +1,336 @@
+"""The controller with the in-process executor on a queue in memory: launch, watch, adopt, cancel, time out, lose."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from permed_compute.admission.snapshot import Node
+from permed_compute.errors import EngineError, LeaseLostError
+from permed_compute.execution.controller import Controller, ended
+from permed_compute.execution.inprocess import InProcessExecutor
+from permed_compute.execution.port import Attempt, Liveness
+from permed_compute.execution.records import Records
+from permed_compute.paths import HomePaths, read_json, write_json
+from permed_compute.queue.memory import MemoryQueue
+from permed_compute.queue.port import Job
+from permed_compute.settings import Settings
+from permed_compute.spec import JobSpec
+from permed_compute.states import JobState
+
+NODE = (Node("local", 2000, 8192),)
+
+CODE = """
+    import time
+    from pathlib import Path
+    from permed_compute import Map, Part, PartResult
+    from permed_compute.errors import Finding, RefusedInput
+
+    def plan(spec, state, ctx):
+        return [Part(f"n-{n}", inputs=(str(n),), params={"n": n}) for n in range(spec.params["count"])]
+
+    def run(part, model, ctx):
+        n = part.params["n"]
+        (Path(ctx.spec.params["tally"]) / f"{part.name}-{time.time_ns()}").touch()
+        if n in ctx.spec.params.get("raise", []):
+            raise ValueError("as the test asked")
+        if n in ctx.spec.params.get("refuse", []):
+            raise RefusedInput(Finding("ODD", f"number {n} is refused", "refused", numbers={"n": n}))
+        (ctx.out / "square.txt").write_text(str(n * n))
+        return PartResult(values={"square": n * n})
+
+    squares = Map(plan=plan, run=run)
+
+    def sleep(spec, ctx):
+        while not ctx.should_stop():
+            time.sleep(0.02)
+        ctx.checkpoint(lambda folder: (folder / "state.txt").write_text("here"))
+
+    def deaf(spec, ctx):
+        time.sleep(spec.params["seconds"])
+        from permed_compute import Result
+        return Result()
+"""
+
+
+@pytest.fixture
+def world(tmp_path: Path, home: HomePaths) -> World:
+    world = World(tmp_path, home)
+    yield world
+    world.executor.close()
+
+
+class World:
+    """A queue, a controller and toy workloads."""
+
+    def __init__(self, folder: Path, home: HomePaths, executor: Any = None) -> None:
+        self.code = folder / "code"
+        self.code.mkdir(exist_ok=True)
+        (self.code / "toy.py").write_text(textwrap.dedent(CODE))
+        self.tally = folder / "tally"
+        self.tally.mkdir(exist_ok=True)
+        self.home = home
+        self.settings = Settings(home=str(home.root), grace=1, heartbeat=1)
+        self.queue = MemoryQueue()
+        self.executor = executor or InProcessExecutor(self.settings, NODE)
+        self.told: list[tuple[str, JobState]] = []
+        self.controller = self.new_controller()
+
+    def new_controller(self) -> Controller:
+        def announce(job: Job, state: JobState, record: Mapping[str, Any] | None) -> None:
+            self.told.append((job.id, state))
+
+        return Controller(self.queue, self.executor, self.home, self.settings, announce=announce)
+
+    def submit(self, what: str, **changes: Any) -> Job:
+        params = {"tally": str(self.tally), "count": 4, **changes.pop("params", {})}
+        spec = JobSpec.model_validate(
+            {"name": what, "workload": f"toy:{what}", "code": str(self.code), "params": params, **changes}
+        )
+        return self.queue.submit([spec], owner="kari")[0]
+
+    def work(self, *jobs: Job, until: Any = None, seconds: float = 30) -> list[Job]:
+        end = time.monotonic() + seconds
+
+        def enough() -> bool:
+            assert time.monotonic() < end, [self.queue.job(job.id) for job in jobs]
+            now = [self.queue.job(job.id) for job in jobs]
+            return until(now) if until else all(ended(job) for job in now)
+
+        self.controller.run(enough)
+        return [self.queue.job(job.id) for job in jobs]
+
+    def result(self, job: Job) -> dict[str, Any]:
+        return json.loads((self.home.job(job.id).results / "result.json").read_text())
+
+
+def running(jobs: list[Job]) -> bool:
+    return all(job.state is JobState.RUNNING for job in jobs)
+
+
+def test_a_map_job_succeeds_with_results_manifest_and_page(world: World) -> None:
+    [job] = world.work(world.submit("squares"))
+    assert job.state is JobState.SUCCEEDED
+    folder = world.home.job(job.id).results
+    assert (folder / "parts" / "n-3" / "square.txt").read_text() == "9"
+    assert {"manifest.json", "result.json", "index.html"} <= {path.name for path in folder.iterdir()}
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["why"] == "CPU: the job asks for no GPU." and manifest["job"]["attempt"] == 1
+    assert [event.after for event in world.queue.events(job_id=job.id)] == [
+        "QUEUED", "RESERVED", "LAUNCHING", "RUNNING", "SUCCEEDED",
+    ]  # fmt: skip
+    assert world.told == [(job.id, JobState.SUCCEEDED)]
+
+
+def test_what_is_done_is_never_done_again_within_a_scope(world: World) -> None:
+    world.work(world.submit("squares"))
+    assert len(list(world.tally.iterdir())) == 4
+    [again] = world.work(world.submit("squares"))
+    assert len(list(world.tally.iterdir())) == 4 and again.state is JobState.SUCCEEDED
+    assert {row["state"] for row in world.result(again)["parts"]} == {"REUSED"}
+    world.work(world.submit("squares", params={"count": 5}))
+    assert len(list(world.tally.iterdir())) == 5
+    world.work(world.submit("squares", purpose="quality"))
+    assert len(list(world.tally.iterdir())) == 9  # another scope shares nothing
+
+
+def test_failed_and_refused_parts_leave_the_good_results(world: World) -> None:
+    params = {"raise": [1], "refuse": [2]}
+    [job] = world.work(world.submit("squares", params=params, retries=2))
+    assert job.state is JobState.PARTIAL and "2 of 4 parts" in job.detail["sentence"]
+    states = {row["name"]: row["state"] for row in world.result(job)["parts"]}
+    assert states == {"n-0": "DONE", "n-1": "FAILED", "n-2": "REFUSED", "n-3": "DONE"}
+    tries = [path.name.rsplit("-", 1)[0] for path in world.tally.iterdir()]
+    assert tries.count("n-1") == 3 and tries.count("n-2") == 1  # a refusal is deterministic: never retried
+    [again] = world.work(world.submit("squares", params=params, retries=0))
+    tries = [path.name.rsplit("-", 1)[0] for path in world.tally.iterdir()]
+    assert tries.count("n-2") == 1 and tries.count("n-1") == 4 and again.state is JobState.PARTIAL
+
+
+def test_two_jobs_that_want_everything_never_overlap(world: World) -> None:
+    resources = {"cpus": 2, "memory": "1GiB"}
+    first, second = (world.submit("sleep", resources=resources) for _ in range(2))
+    [one, two] = world.work(first, second, until=lambda jobs: running(jobs[:1]))
+    assert (one.state, two.state) == (JobState.RUNNING, JobState.QUEUED)
+
+
+def test_cancel_signals_waits_and_confirms(world: World) -> None:
+    job = world.submit("sleep")
+    [job] = world.work(job, until=running)
+    from permed_compute.queue.port import Move
+
+    world.queue.apply([Move(job.id, job.version, JobState.CANCELLING, "cancelled-by-user", "kari")])
+    [job] = world.work(job)
+    assert job.state is JobState.CANCELLED and "grants" not in job.detail
+
+
+def test_time_limit_stops_with_the_checkpoint_kept(world: World) -> None:
+    [job] = world.work(world.submit("sleep", time_limit="1s"))
+    assert job.state is JobState.TIMED_OUT and "time limit" in job.detail["sentence"]
+    assert (world.home.job(job.id).state / "checkpoint-000001" / "rank-0" / "state.txt").exists()
+
+
+def test_interrupt_holds_what_runs(world: World) -> None:
+    [job] = world.work(world.submit("sleep"), until=running)
+    world.controller.interrupt(grace_s=5)
+    job = world.queue.job(job.id)
+    assert (job.state, job.reason) == (JobState.HELD, "interrupted")
+
+
+def test_a_thread_that_cannot_be_ended_keeps_its_reservation(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("permed_compute.execution.inprocess._END_WAIT_S", 0.1)
+    [job] = world.work(world.submit("deaf", params={"seconds": 4}, time_limit="1s"), until=running)
+    end = time.monotonic() + 2.5
+    world.controller.run(lambda: time.monotonic() > end)
+    job = world.queue.job(job.id)
+    assert job.state is JobState.RUNNING and job.detail["grants"]  # over its limit and its grace, but not confirmed
+    [job] = world.work(job)
+    assert job.state in (JobState.SUCCEEDED, JobState.TIMED_OUT)
+
+
+# -------------------------------------------------------------------------- a controller that dies, an engine that lies
+
+
+class FakeEngine:
+    """An engine whose attempts are only names: what the controller asks of it is what is tested."""
+
+    name = "fake"
+
+    def __init__(self) -> None:
+        self.launches: list[str] = []
+        self.alive: dict[str, Liveness] = {}
+        self.refuse = False
+
+    def nodes(self) -> tuple[Node, ...]:
+        return NODE
+
+    def launch(self, attempt: Attempt) -> None:
+        if self.refuse:
+            raise EngineError("as the test asked")
+        self.launches.append(attempt.name)
+        self.alive.setdefault(attempt.name, Liveness.ALIVE)
+
+    def liveness(self, attempt: Attempt) -> Liveness:
+        return self.alive.get(attempt.name, Liveness.GONE)
+
+    def end(self, attempt: Attempt) -> bool:
+        if self.alive.get(attempt.name) is Liveness.UNKNOWN:
+            return False
+        self.alive[attempt.name] = Liveness.GONE
+        return True
+
+    def sweep(self, keep: Iterable[Attempt]) -> list[str]:
+        return []
+
+    def facts(self) -> Mapping[str, Any]:
+        return {}
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def fake(tmp_path: Path, home: HomePaths, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr("permed_compute.execution.controller._ASK_ENGINE_MS", 0)
+    monkeypatch.setattr("permed_compute.execution.controller._QUIET_MS", 0)
+    return World(tmp_path, home, FakeEngine())
+
+
+def start(world: World, job: Job) -> Attempt:
+    """What an attempt does first."""
+    [job] = world.work(job, until=lambda jobs: jobs[0].state is JobState.LAUNCHING)
+    attempt = world.controller._attempt(job, job.attempt)
+    Records(attempt.paths.records()).write("started")
+    return attempt
+
+
+def test_after_a_crash_what_runs_is_adopted_not_launched_again(fake: World) -> None:
+    job = fake.submit("squares")
+    attempt = start(fake, job)
+    fake.work(job, until=running)
+    fake.queue.release(fake.controller.lease)  # kill -9 and the lease's expiry, in one
+    fake.controller = fake.new_controller()
+    end = time.monotonic() + 0.5
+    fake.controller.run(lambda: time.monotonic() > end)
+    assert fake.executor.launches == [attempt.name]
+    write_json(attempt.paths.exit, {"outcome": "SUCCEEDED", "reason": "ended", "sentence": "Done."})
+    [job] = fake.work(job)
+    assert job.state is JobState.SUCCEEDED and job.attempt == 1
+
+
+def test_a_crash_between_intent_and_launch_launches_the_same_attempt(fake: World) -> None:
+    job = fake.submit("squares")
+    [job] = fake.work(job, until=lambda jobs: jobs[0].state is JobState.LAUNCHING)
+    fake.executor.launches.clear()
+    fake.executor.alive.clear()
+    fake.queue.release(fake.controller.lease)
+    fake.controller = fake.new_controller()
+    attempt = start(fake, job)
+    assert set(fake.executor.launches) <= {attempt.name} and attempt.number == 1
+
+
+def test_an_attempt_that_is_gone_is_queued_again_with_a_pause_and_then_failed(fake: World) -> None:
+    job = fake.submit("squares", retries=1)
+    for number in (1, 2):
+        attempt = start(fake, job)
+        assert attempt.number == number
+        fake.work(job, until=running)
+        fake.executor.alive[attempt.name] = Liveness.GONE
+        [job] = fake.work(job, until=lambda jobs: not running(jobs))
+        if number == 1:
+            assert job.state is JobState.QUEUED and job.reason == "attempt-lost"
+            assert job.detail["not_before"] > 0 and "grants" not in job.detail
+    assert job.state is JobState.FAILED and "2 times in a row" in job.detail["sentence"]
+
+
+def test_an_engine_that_cannot_be_asked_keeps_the_reservation(fake: World) -> None:
+    job = fake.submit("squares", time_limit="1h")
+    attempt = start(fake, job)
+    fake.executor.alive[attempt.name] = Liveness.UNKNOWN
+    [job] = fake.work(job, until=lambda jobs: jobs[0].state is JobState.UNKNOWN)
+    assert job.detail["grants"]
+    fake.executor.alive[attempt.name] = Liveness.ALIVE
+    [job] = fake.work(job, until=running)
+
+
+def test_an_end_that_is_not_confirmed_does_not_free_the_capacity(fake: World) -> None:
+    job = fake.submit("squares", resources={"cpus": 2})
+    waiting = fake.submit("sleep", resources={"cpus": 2})
+    attempt = start(fake, job)
+    fake.executor.alive[attempt.name] = Liveness.UNKNOWN
+    write_json(attempt.paths.exit, {"outcome": "SUCCEEDED", "reason": "ended", "sentence": "Done."})
+    end = time.monotonic() + 0.5
+    fake.controller.run(lambda: time.monotonic() > end)
+    assert fake.queue.job(job.id).state is JobState.RUNNING
+    assert fake.queue.job(waiting.id).state is JobState.QUEUED
+
+
+def test_a_launch_that_the_engine_refuses_is_tried_again_later(fake: World) -> None:
+    fake.executor.refuse = True
+    job = fake.submit("squares", retries=1)
+    [job] = fake.work(job, until=lambda jobs: jobs[0].reason == "launch-failed")
+    fake.executor.refuse = False
+    assert start(fake, job).number == 2
+
+
+class Other(Controller):
+    """A controller of another process."""
+
+    name = property(lambda self: "another")
+
+
+def test_a_second_controller_does_not_lead_and_a_deposed_one_stops(fake: World) -> None:
+    fake.controller.lead()
+    other = Other(fake.queue, fake.executor, fake.home, fake.settings)
+    with pytest.raises(LeaseLostError):
+        other.lead()
+    fake.queue.release(fake.controller.lease)
+    other.lead()
+    job = fake.submit("squares")
+    with pytest.raises(LeaseLostError):
+        fake.controller.run(lambda: fake.queue.job(job.id).state is not JobState.QUEUED)
