@@ -230,7 +230,7 @@ def open_client(settings: Settings | None = None) -> Iterator[Client]:
             )
 
         def on_call(peer: Peer, call: str, args: Mapping[str, Any]) -> Any:
-            return handle(service_for, Caller(peer.name, peer.uid in (0, os.getuid())), call, args)
+            return handle(service_for, Caller(peer.user, peer.uid in (0, os.getuid())), call, args)
 
         stack.enter_context(Gateway(settings.paths.socket, on_call))
         me = Caller(getpass.getuser(), operator=True)

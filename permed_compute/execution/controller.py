@@ -188,7 +188,8 @@ class Controller:
     def _attempt(self, job: Job, number: int) -> Attempt:
         paths = self.home.job(job.id).attempt(number)
         grants = grants_of(job)
-        return Attempt(job.id, number, job.spec, grants, str(job.detail.get("why", "")), self.home.root, paths)
+        why = str(job.detail.get("why", ""))
+        return Attempt(job.id, number, job.spec, grants, why, self.home.root, paths, self.policy.version)
 
     # ------------------------------------------------------------------------------------- watch
 

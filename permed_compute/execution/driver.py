@@ -8,6 +8,7 @@ The driver writes the attempt's records, its results folder and, last, its exit 
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import threading
 import time
@@ -192,6 +193,8 @@ class _Drive:
         done = []
         for part in parts:
             row, entry = self.part_rows[part.name], ledger.find(keys[part.name])
+            row["input_digest"] = hashlib.sha256("".join(part.inputs).encode()).hexdigest()
+            row["input_files"] = len(part.inputs)
             if entry is None:
                 continue
             row |= {

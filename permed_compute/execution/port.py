@@ -37,6 +37,8 @@ class Attempt:
     """Why these devices: the sentence admission composed, copied into the manifest."""
     home: Path
     paths: AttemptPaths
+    policy: str = ""
+    """Version of the policy that admitted it."""
 
     @property
     def name(self) -> str:
@@ -49,6 +51,7 @@ class Attempt:
             self.paths.launch,
             {
                 "job_id": self.job_id, "number": self.number, "spec": self.spec.canonical(), "why": self.why,
+                "policy": self.policy,
                 "home": str(self.home), "grants": [asdict(grant) for grant in self.grants],
             },
         )  # fmt: skip
@@ -61,7 +64,9 @@ class Attempt:
             return None
         grants = tuple(Grant.from_row(grant) for grant in row["grants"])
         spec = from_json(row["spec"])
-        return cls(row["job_id"], row["number"], spec, grants, row["why"], Path(row["home"]), paths)
+        return cls(
+            row["job_id"], row["number"], spec, grants, row["why"], Path(row["home"]), paths, row.get("policy", "")
+        )
 
 
 class Executor(Protocol):

@@ -56,6 +56,9 @@ def publish(
     body["series"] = series
     write_json(staging / "result.json", body)
     manifest = _manifest(attempt, outcome, stages, used, engine, version, code_digest, model_digest, began)
+    manifest["inputs"] = [
+        {"name": row["name"], "digest": row["input_digest"], "files": row["input_files"]} for row in parts
+    ]
     write_json(staging / "manifest.json", manifest)
     _render(staging)
     check_fence(attempt.paths)
@@ -115,6 +118,7 @@ def _manifest(
         "devices": devices,
         "why": attempt.why,
         "engine": dict(engine),
+        "policy": attempt.policy,
         "seed": spec.seed,
         "stages": {name: round(seconds, 3) for name, seconds in stages.items()},
         "usage": {
