@@ -32,6 +32,8 @@ _ASK_ENGINE_MS = 2_000
 """An attempt is asked after at most this often."""
 _QUIET_MS = 5_000
 """An attempt that shows no sign of life for this long is asked after (it beats every 2 s)."""
+_LOOK_AGAIN_MS = 2_000
+"""Nodes come and go without an event: a decision that started nothing is taken again after this."""
 _POLL_S = 0.1
 
 
@@ -60,6 +62,8 @@ class Controller:
     _wake: threading.Event = field(default_factory=threading.Event)
     _launched: set[str] = field(default_factory=set)
     _asked: dict[str, int] = field(default_factory=dict)
+    _settled_at: int = -1
+    _look_again_at: int = 0
 
     @property
     def name(self) -> str:
@@ -93,9 +97,8 @@ class Controller:
         """One round. Returns True where something moved, so that the next round should not wait."""
         # 1. Still the one controller? Writing without the lease is what the fencing numbers would have to catch.
         self._renew()
-        jobs = self.queue.jobs(states=LIVE | {JobState.QUEUED})
         # 2. What became of what lives.
-        moved = [self._unless_stale(self._watch, job) for job in jobs if job.state in LIVE]
+        moved = [self._unless_stale(self._watch, job) for job in self.queue.jobs(states=LIVE)]
         # 3. What starts now: a pure decision on a snapshot, committed by compare-and-set or dropped.
         moved.append(self._admit())
         # 4. Launch what is reserved: intent first, then the engine.
@@ -139,14 +142,21 @@ class Controller:
     # ------------------------------------------------------------------------------------- decide
 
     def _admit(self) -> bool:
+        head, now = self.queue.head()[0], self.clock()
+        if head == self._settled_at and now < self._look_again_at:
+            return False  # no event since a decision that started nothing: the same snapshot decides the same
         jobs = self.queue.jobs(states=LIVE | {JobState.QUEUED})
         if not any(job.state is JobState.QUEUED for job in jobs):
+            self._settled_at, self._look_again_at = head, now + _LOOK_AGAIN_MS
             return False
         wanted = {other for job in jobs if job.state is JobState.QUEUED for other in job.spec.dependencies}
         states = {other: self.queue.job(other).state for other in wanted}
         snapshot = take(self.executor.nodes(), jobs, states, grace_ms=self.settings.grace * 1000)
         plan = decide(snapshot, self.policy, self.clock())
         if not plan.admissions:
+            pauses = [int(job.detail.get("not_before", 0)) for job in jobs]
+            due = [pause for pause in pauses if pause > now]
+            self._settled_at, self._look_again_at = head, min([*due, now + _LOOK_AGAIN_MS])
             return False
         by_id = {job.id: job for job in jobs}
         moves = [self._reserve(by_id[admission.job_id], admission) for admission in plan.admissions]
