@@ -123,7 +123,7 @@ def chaos(folder: Path, *, kills: int, parts: int, seconds: float, seed: int) ->
             "time_limit": "2h",
             "params": {"count": parts, "seconds": seconds},
             "resources": {"workers": "1..2", "cpus": 1, "memory": "1GiB"},
-        }  # fmt: skip
+        }
     )
     settings = resolve({"home": str(home.root), "anchor": str(anchor), "executor": "ray"}, {})
     daemon = controller(home.root, anchor)
