@@ -160,8 +160,9 @@ class Anchor:
 
     def begin(self, queue: Queue) -> None:
         """Compare with the log as it stands now; a log that contradicts the anchor does not move it."""
+        self._closing.clear()
+        self._frozen = False
         try:
-            self._frozen = False
             mark = self.read()
             if mark is not None:
                 self._written = Tip(mark.seq, mark.hash)
@@ -201,6 +202,7 @@ class Anchor:
         self._due.set()
         if self._thread is not None:
             self._thread.join()
+            self._thread = None
         self._write_latest()
 
     def _keep_writing(self) -> None:
@@ -296,6 +298,8 @@ def _check_next(tip: Tip, event: Event) -> None:
 
 
 def _compare(queue: Queue, mark: Mark) -> None:
+    if mark.seq == START.seq:
+        return
     found = queue.events(after=mark.seq - 1, limit=1)
     if not found or found[0].seq != mark.seq:
         raise _cut(queue.head()[0], mark)

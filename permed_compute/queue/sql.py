@@ -133,18 +133,20 @@ class SqlQueue:
         return calls, call is None
 
     def _commit(self, connection: sa.Connection, calls: list[_Call]) -> None:
-        """All calls in one transaction; where the database refuses it, each alone, so that only the culprit fails."""
+        """All calls in one transaction. Where the database refuses it for what one of them holds, each alone, so that
+        only the culprit fails; where it could not be reached, all once more over a new connection."""
         if not calls:
             return
         try:
             self._transact(connection, calls)
-        except _NotCommittedError:
-            for call in calls:
+        except _NotCommittedError as first:
+            for group in [calls] if first.concerns_all else [[call] for call in calls]:
                 try:
-                    self._transact(connection, [call])
+                    self._transact(connection, group)
                 except _NotCommittedError as error:
-                    call.error = error.cause
-                    call.done.release()
+                    for call in group:
+                        call.error = error.cause
+                        call.done.release()
 
     def _transact(self, connection: sa.Connection, calls: list[_Call]) -> None:
         """Plan every call, write what they change, commit, and only then answer."""
@@ -161,7 +163,7 @@ class SqlQueue:
             self._write_draft(connection, draft)
         except Exception as error:  # the writer thread must outlive whatever the database does
             _roll_back(connection)
-            raise _NotCommittedError(_queue_error(error)) from error
+            raise _NotCommittedError(error) from error
         try:
             transaction.commit()
         except Exception as error:  # noqa: BLE001 - as above; it may have been committed, so nobody tries again
@@ -367,9 +369,11 @@ def _pages(keys: Sequence[str]) -> Iterator[Sequence[str]]:
 class _NotCommittedError(Exception):
     """The transaction failed before its COMMIT: nothing of it is in the database."""
 
-    def __init__(self, cause: QueueError) -> None:
-        super().__init__(cause)
-        self.cause = cause
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.cause = _queue_error(error)
+        self.concerns_all = isinstance(error, sa.exc.OperationalError)
+        """The connection, the disk, a lock: not what one call wanted to write."""
 
 
 @contextmanager
