@@ -1,0 +1,236 @@
+"""The Ray executor: an attempt is one detached named actor in a detached placement group, and its members inside.
+
+Launching twice finds the first; an attempt goes on when the controller dies, and the next one finds it by name. Ray is
+started here, on loopback, when first needed (`raylocal`), or given by address; it is spoken to through `raybridge`.
+
+GONE is said only when Ray lists neither actor nor group and no process of the attempt is left on this machine, or when
+the local Ray itself is dead and everything that bore its mark has been ended. On a Ray that is given, processes that a
+job detached on other nodes are Ray's to end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from permed_compute.admission.snapshot import Gpu, Grant, Node
+from permed_compute.errors import EngineError
+from permed_compute.execution import cores, processes
+from permed_compute.execution.cores import cores_file
+from permed_compute.execution.device import flavor_of, local_node
+from permed_compute.execution.port import Attempt, Liveness
+from permed_compute.execution.processes import ATTEMPT_MARK, ProcessTable
+from permed_compute.execution.raybridge import Bridge, BridgeError
+from permed_compute.execution.raylocal import LocalRay, bridge_environment
+from permed_compute.paths import AttemptPaths, HomePaths, read_json, write_json
+from permed_compute.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_ASK_S = 3.0
+"""How long the controller waits for word of an attempt before it says UNKNOWN."""
+_LAUNCH_S = 30.0
+_PREFIX = "permed-"
+_MIB = 2**20
+
+
+class RayExecutor:
+    """See `execution.port.Executor`. One per home: actors and groups stand in the home's namespace."""
+
+    name = "ray"
+
+    def __init__(self, settings: Settings, home: HomePaths) -> None:
+        if importlib.util.find_spec("ray") is None:
+            raise EngineError(
+                "The executor is ray, which is not installed.",
+                remedy="pip install 'permed-compute[ray]', or --executor inprocess.",
+            )
+        self._home, self._address = home, settings.ray_address
+        digest = hashlib.sha256(str(home.root.resolve()).encode()).hexdigest()
+        self._namespace = f"permed-{digest[:16]}"
+        self._node = local_node(settings)
+        self._local = None if settings.ray_address else LocalRay(home.runtime, self._node)
+        self._bridge: Bridge | None = None
+
+    # ------------------------------------------------------------------------------------- the port
+
+    def nodes(self) -> tuple[Node, ...]:
+        """This machine, without asking Ray; or what the cluster at the given address has."""
+        if self._local is not None:
+            return (self._node,)
+        return tuple(_node(row) for row in self._ask("nodes", _LAUNCH_S))
+
+    def start(self) -> None:
+        """See to it that there is a Ray; otherwise the first launch does. Raises `EngineError`."""
+        if self._local is None:
+            self._connected(self._address)
+            return
+        session = self._local.find()
+        if session is not None and not self._local.fits(session) and not self._attempts_here():
+            session = None
+        if session is None:
+            self._disconnect()
+            session = self._local.start()
+        self._connected(session.address)
+
+    def launch(self, attempt: Attempt) -> None:
+        if attempt.paths.exit.exists():
+            return
+        self.start()
+        self._choose_cores(attempt)
+        bundles = [_bundle(grant, clustered=self._local is None) for grant in attempt.grants]
+        try:
+            self._ask(
+                "launch", _LAUNCH_S, name=attempt.name, root=str(attempt.paths.root), bundles=bundles,
+                engine=dict(self.facts()),
+            )  # fmt: skip
+        except BridgeError:
+            self._disconnect()  # so that nothing is launched after we have said that it was not
+            raise
+
+    def liveness(self, attempt: Attempt) -> Liveness:
+        try:
+            known = self._known()
+            if attempt.name in known["actors"]:
+                return Liveness.ALIVE
+            return Liveness.GONE if self._clear(attempt.name, known) else Liveness.UNKNOWN
+        except EngineError as error:
+            log.info("%s: %s", attempt.name, error.message)
+            return Liveness.UNKNOWN
+
+    def end(self, attempt: Attempt) -> bool:
+        return self._end(attempt.name)
+
+    def sweep(self, keep: Iterable[Attempt]) -> list[str]:
+        kept = {attempt.name for attempt in keep}
+        try:
+            known = self._known()
+        except EngineError as error:
+            log.warning("not swept: %s", error.message)
+            return []
+        found = {*known["actors"], *known["groups"], *self._attempts_here()}
+        return [name for name in sorted(found - kept) if name.startswith(_PREFIX) and self._end(name)]
+
+    def facts(self) -> Mapping[str, Any]:
+        return {
+            "engine": self.name, "version": importlib.metadata.version("ray"), "address": self._where(),
+            "nodes": 1 if self._local is not None else None,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Leave the local Ray only where an attempt still lives in it; it is found again by the next controller."""
+        if self._local is not None and not self._attempts_here():
+            self.stop()
+        self._disconnect()
+
+    def stop(self) -> bool:
+        """End the local Ray with everything in it. True once no process of it is left."""
+        self._disconnect()
+        return self._local is None or self._local.stop()
+
+    # ------------------------------------------------------------------------------------- attempts
+
+    def _known(self) -> Mapping[str, list[str]]:
+        """Names of actors and groups that Ray has. A local Ray that is dead has none, once its rest is ended."""
+        if self._local is not None:
+            session = self._local.find()
+            if session is None:
+                self._disconnect()
+                if not self._local.stop():
+                    raise EngineError("The local Ray is dead, and some of its processes cannot be ended.")
+                return {"actors": [], "groups": []}
+            self._connected(session.address)
+        answer: Mapping[str, list[str]] = self._ask("names", _ASK_S)
+        return answer
+
+    def _end(self, name: str) -> bool:
+        try:
+            if not processes.kill_attempt(name):
+                return False
+            known = self._known()
+            if name in known["actors"] or name in known["groups"]:
+                self._ask("end", _LAUNCH_S, name=name)
+            return self._clear(name, self._known())
+        except EngineError as error:
+            log.warning("end of %s not confirmed: %s", name, error.message)
+            return False
+
+    def _clear(self, name: str, known: Mapping[str, list[str]]) -> bool:
+        """Free what an attempt without an actor has left. True once nothing is."""
+        if name in known["groups"]:
+            self._ask("end", _ASK_S, name=name)
+            known = self._known()
+        gone = name not in known["actors"] and name not in known["groups"]
+        return processes.kill_attempt(name) and gone
+
+    def _attempts_here(self) -> set[str]:
+        """Attempts of this home with a process on this machine."""
+        marks = ProcessTable().look().marked(ATTEMPT_MARK)
+        names = {mark.rpartition("/")[0] for mark in marks.values()}
+        return {name for name in names if (paths := self._paths_of(name)) is not None and paths.launch.exists()}
+
+    def _paths_of(self, name: str) -> AttemptPaths | None:
+        job_id, _, number = name.removeprefix(_PREFIX).rpartition("-")
+        return self._home.job(job_id).attempt(int(number)) if job_id and number.isdigit() else None
+
+    def _choose_cores(self, attempt: Attempt) -> None:
+        """Write down where it may run, beside what runs: a later controller, and its workers, read it there."""
+        if self._local is None or cores_file(attempt.paths).exists():
+            return
+        taken = []
+        for name in self._attempts_here() - {attempt.name}:
+            paths = self._paths_of(name)
+            row = read_json(cores_file(paths)) if paths is not None else None
+            taken.append({int(core): share for core, share in (row or {}).items()})
+        here = sorted(os.sched_getaffinity(0))
+        asked = [grant.cpu_milli for grant in attempt.grants]
+        write_json(cores_file(attempt.paths), cores.choose(here, taken, asked))
+
+    # ------------------------------------------------------------------------------------- Ray
+
+    def _where(self) -> str:
+        session = self._local.find() if self._local is not None else None
+        return session.address if session is not None else self._address
+
+    def _connected(self, address: str) -> Bridge:
+        if self._bridge is not None and (self._bridge.address != address or not self._bridge.usable):
+            self._disconnect()
+        if self._bridge is None:
+            self._home.runtime.mkdir(mode=0o700, exist_ok=True)
+            self._bridge = Bridge(
+                address, self._namespace, bridge_environment(self._local), self._home.runtime / "ray-bridge.log"
+            )
+        return self._bridge
+
+    def _disconnect(self) -> None:
+        if self._bridge is not None:
+            self._bridge.close()
+            self._bridge = None
+
+    def _ask(self, call: str, timeout_s: float, **arguments: Any) -> Any:
+        bridge = self._bridge or self._connected(self._where())
+        return bridge.ask(call, timeout_s, **arguments)
+
+
+def _bundle(grant: Grant, *, clustered: bool) -> dict[str, float]:
+    """What Ray is to count for one worker; on a cluster, on the node that admission chose."""
+    bundle = {"CPU": grant.cpu_milli / 1000, "memory": float(grant.memory * _MIB)}
+    if grant.gpu_milli:
+        bundle["GPU"] = grant.gpu_milli / 1000
+    if clustered:
+        bundle[f"node:{grant.node}"] = 0.001
+    return bundle
+
+
+def _node(row: Mapping[str, Any]) -> Node:
+    """A node of a given cluster. Ray does not say how much memory a GPU has: 0 MiB is offered."""
+    resources = row["resources"]
+    kinds = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
+    flavor = flavor_of(kinds[0]) if kinds else "gpu"
+    gpus = tuple(Gpu(flavor, place, 0) for place in range(int(resources.get("GPU", 0))))
+    return Node(row["address"], int(resources.get("CPU", 0) * 1000), int(resources.get("memory", 0)) // _MIB, gpus)

@@ -1,0 +1,184 @@
+"""A process of its own that speaks Ray for the controller, one JSON line per request and per answer.
+
+Ray's client ends the process that it lives in when the cluster's head dies, takes over its signal handlers, and can
+block for a minute. None of that may happen to a controller: so ray is imported here and in the workers, and when this
+process dies or does not answer, the controller ends it and starts another. Attempts are detached and do not notice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from permed_compute.errors import EngineError
+
+Row = dict[str, Any]
+
+
+class BridgeError(EngineError):
+    """Ray did not answer, or not in time: nothing is known."""
+
+    code = "engine-silent"
+
+
+class Bridge:
+    """The controller's end. One request at a time."""
+
+    def __init__(self, address: str, namespace: str, environment: Mapping[str, str], log: Path) -> None:
+        self.address = address
+        with log.open("ab") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "permed_compute.execution.raybridge", address, namespace],
+                env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                cwd=log.parent, start_new_session=True,
+            )  # fmt: skip
+        self._answers: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+        self._asked = self._answered = 0
+        threading.Thread(target=self._listen, name="permed-ray-bridge", daemon=True).start()
+
+    @property
+    def usable(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, call: str, timeout_s: float, **arguments: Any) -> Any:
+        """The answer. Raises `BridgeError` where none comes in time, `EngineError` where Ray refuses."""
+        self._asked += 1
+        line = json.dumps({"id": self._asked, "call": call, "arguments": arguments})
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise BridgeError("The process that speaks to Ray is gone.") from None
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                answer = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise BridgeError(f"Ray did not answer within {timeout_s:g} s.") from None
+            if answer is None:
+                raise BridgeError("The process that speaks to Ray is gone.")
+            if answer["id"] != self._asked:
+                continue  # of a request that was given up
+            if "error" in answer:
+                raise EngineError(f"Ray refuses to {call}: {answer['error']}")
+            return answer["value"]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        try:
+            for line in self._process.stdout:
+                self._answers.put(json.loads(line))
+        except ValueError:  # closed under us, or not JSON: either way there is nobody to talk to
+            pass
+        self._answers.put(None)
+
+
+# --------------------------------------------------------------------------------------------- the process
+
+
+class _Speaker:
+    """Everything below runs in the process of its own."""
+
+    def __init__(self, address: str, namespace: str) -> None:
+        import ray
+
+        self.ray = ray
+        ray.init(
+            address=address, namespace=namespace, log_to_driver=False, configure_logging=False, logging_level="error"
+        )
+
+    def launch(self, name: str, root: str, bundles: list[Row], engine: Row) -> None:
+        """Group and actor, each unless it is there: launching again finds them, and mends a launch cut in two."""
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        from permed_compute.execution.processes import ATTEMPT_MARK
+        from permed_compute.execution.raycrew import AttemptActor
+
+        if name in self._actors():
+            return
+        group = self._group(name) or placement_group(bundles, strategy="PACK", name=name, lifetime="detached")
+        # In the group but on none of its CPUs: those are the members', and what they start below them.
+        self.ray.remote(AttemptActor).options(
+            name=name, lifetime="detached", get_if_exists=True, max_restarts=0, num_cpus=0, max_concurrency=4,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True),
+            runtime_env={"env_vars": {ATTEMPT_MARK: f"{name}/driver"}},
+        ).remote(root, engine)  # fmt: skip
+
+    def names(self) -> Row:
+        """Attempts that have an actor, and those that have a group."""
+        table = self.ray.util.placement_group_table()
+        groups = {row["name"] for row in table.values() if row["state"] != "REMOVED"}
+        return {"actors": self._actors(), "groups": sorted(name for name in groups if name and self._group(name))}
+
+    def end(self, name: str) -> None:
+        """Kill the actor and remove the group; what lives in the group dies with it."""
+        with contextlib.suppress(ValueError):
+            self.ray.kill(self.ray.get_actor(name))
+        group = self._group(name)
+        if group is not None:
+            self.ray.util.remove_placement_group(group)
+
+    def nodes(self) -> list[Row]:
+        """What the cluster's living nodes have."""
+        return [
+            {"address": node["NodeManagerAddress"], "resources": node["Resources"]}
+            for node in self.ray.nodes()
+            if node["Alive"]
+        ]
+
+    def version(self) -> str:
+        return str(self.ray.__version__)
+
+    def _actors(self) -> list[str]:
+        return [name for name in self.ray.util.list_named_actors() if isinstance(name, str)]
+
+    def _group(self, name: str) -> Any | None:
+        try:
+            return self.ray.util.get_placement_group(name)
+        except ValueError:
+            return None
+
+
+def serve(address: str, namespace: str) -> None:
+    """Answer requests until the controller closes the pipe."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what Ray prints is no answer
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(requests,), daemon=True).start()
+    speaker = _Speaker(address, namespace)
+    while True:
+        request = json.loads(requests.get())
+        answer: Row = {"id": request["id"]}
+        try:
+            answer["value"] = getattr(speaker, request["call"])(**request["arguments"])
+        except Exception as error:  # noqa: BLE001 - the controller decides what a refusal means
+            answer["error"] = f"{type(error).__name__}: {error}"[:500]
+        out.write(json.dumps(answer) + "\n")
+
+
+def _read(requests: queue.SimpleQueue[str]) -> None:
+    for line in sys.stdin:
+        requests.put(line)
+    os._exit(0)  # the controller is gone; Ray's own exit could block
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], sys.argv[2])

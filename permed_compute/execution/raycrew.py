@@ -1,0 +1,174 @@
+"""What lives in Ray: the actor that drives one attempt, and the members that it works with."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import get_placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from permed_compute.errors import EngineError, PermedError
+from permed_compute.execution import device, processes
+from permed_compute.execution.cores import cores_file
+from permed_compute.execution.driver import drive
+from permed_compute.execution.port import Attempt
+from permed_compute.execution.processes import ATTEMPT_MARK
+from permed_compute.execution.watchdog import Watchdog
+from permed_compute.execution.worker import Member, Row, WorkerLost
+from permed_compute.paths import AttemptPaths, read_json, write_json
+from permed_compute.queue.port import wall_clock
+
+LOCAL_NODE = "local"
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+class AttemptActor:
+    """Drives the attempt in a thread, and ends with it: the group goes last, and takes the actor along."""
+
+    def __init__(self, root: str, engine: Row) -> None:
+        self._paths, self._engine = AttemptPaths(Path(root)), engine
+        _speak_into(self._paths.log)
+        processes.adopt_orphans()
+        processes.pin(os.getpid(), _cores(self._paths) or os.sched_getaffinity(0))
+        self._name = ""
+        # The members begin to start now, while the driver is still reading what there is to do.
+        attempt = Attempt.read(self._paths)
+        self._crew = RayCrew(attempt) if attempt is not None else None
+        self._name = attempt.name if attempt is not None else ""
+        threading.Thread(target=self._drive, name="permed-drive", daemon=True).start()
+
+    def _drive(self) -> None:
+        try:
+            drive(self._paths, lambda attempt: self._crew or RayCrew(attempt), self._engine)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._name:
+            processes.kill_attempt(self._name, spare={os.getpid()}, timeout_s=2.0)
+            with contextlib.suppress(RayError, ValueError):
+                remove_placement_group(get_placement_group(self._name))
+                time.sleep(5.0)
+        os._exit(0)
+
+
+class MemberActor:
+    """A `Member` in a process of its own. Threads: two parts, and one to spare."""
+
+    def __init__(self, root: str, slot: int) -> None:
+        paths = AttemptPaths(Path(root))
+        _speak_into(paths.log)
+        processes.adopt_orphans()
+        attempt = Attempt.read(paths)
+        grant = attempt.grants[slot] if attempt is not None else None
+        gpus = device.visible(grant.devices) if grant is not None and grant.devices else ""
+        self._member = Member(root, slot, isolated=True, dask_get=_dask_get(), gpu_env=gpus)
+
+    def call(self, name: str, row: Row) -> Row:
+        answer: Row = getattr(self._member, name)(row)
+        return answer
+
+
+class RayCrew:
+    """See `worker.Crew`. Members live in the bundles of the attempt's group, and so does what they start in Ray."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.size = len(attempt.grants)
+        self._attempt = attempt
+        self._group = get_placement_group(attempt.name)
+        self._watchdog = Watchdog(
+            attempt.name, [grant.memory for grant in attempt.grants], _cores(attempt.paths), self._driver_over
+        )
+        self._members = [self._hire(slot) for slot in range(self.size)]
+        self._watchdog.start()
+
+    def start(self, slot: int, call: str, row: Row) -> Future[Row]:
+        outer: Future[Row] = Future()
+        inner: Future[Row] = self._members[slot].call.remote(call, row).future()
+        inner.add_done_callback(lambda done: self._hand_over(slot, done, outer))
+        return outer
+
+    def restart(self, slot: int) -> None:
+        ray.kill(self._members[slot])
+        if not self._watchdog.end_slot(slot):
+            raise EngineError(f"Processes of worker {slot} cannot be ended.")
+        self._members[slot] = self._hire(slot)
+
+    def facts(self) -> Mapping[str, Any]:
+        return self._watchdog.facts()
+
+    def close(self) -> None:
+        self._watchdog.look()
+        self._watchdog.stop()
+        for member in self._members:
+            ray.kill(member)
+
+    def _hire(self, slot: int) -> Any:
+        grant = self._attempt.grants[slot]
+        threads = str(max(1, grant.cpu_milli // 1000))
+        variables = {ATTEMPT_MARK: f"{self._attempt.name}/{slot}"} | dict.fromkeys(_THREAD_VARIABLES, threads)
+        if grant.flavor == "cpu":
+            variables["CUDA_VISIBLE_DEVICES"] = ""
+        elif grant.node == LOCAL_NODE:
+            variables["CUDA_VISIBLE_DEVICES"] = device.visible(grant.devices)
+        where = PlacementGroupSchedulingStrategy(self._group, slot, placement_group_capture_child_tasks=True)
+        # On no CPU of its bundle: those are for what it starts in Ray, e.g. by Dask, which would else wait for ever.
+        actor = ray.remote(MemberActor).options(
+            num_cpus=0, max_restarts=0, max_concurrency=3, scheduling_strategy=where,
+            runtime_env={"env_vars": variables},
+        )  # fmt: skip
+        return actor.remote(str(self._attempt.paths.root), slot)
+
+    def _hand_over(self, slot: int, done: Future[Row], outer: Future[Row]) -> None:
+        error = done.exception()
+        if error is None:
+            outer.set_result(done.result())
+        elif isinstance(error, RayTaskError):
+            cause = error.cause
+            known = isinstance(cause, PermedError)
+            outer.set_exception(cause if known else EngineError(f"Worker {slot}: {type(cause).__name__}."))
+        else:
+            outer.set_exception(self._watchdog.reason(slot) or _loss(slot, error))
+
+    def _driver_over(self, why: WorkerLost) -> None:
+        """This very process holds too much: say so and go at once, before the driver could say something else."""
+        record = {"outcome": "FAILED", "reason": why.code, "sentence": why.message, "remedy": why.remedy}
+        write_json(self._attempt.paths.exit, {**record, "at": wall_clock()})
+        os._exit(1)  # the members die with their owner; `end` looks for the rest
+
+
+def _loss(slot: int, error: BaseException) -> WorkerLost:
+    if type(error).__name__ == "OutOfMemoryError":
+        return WorkerLost(f"Worker {slot} was ended because the machine ran out of memory.", code="over-memory")
+    return WorkerLost(f"The process of worker {slot} is gone.", remedy="See `permed logs`.")
+
+
+def _cores(paths: AttemptPaths) -> Sequence[int]:
+    return [int(core) for core in read_json(cores_file(paths)) or ()]
+
+
+def _dask_get() -> Any:
+    if importlib.util.find_spec("dask") is None:
+        return None
+    from ray.util.dask import ray_dask_get
+
+    return ray_dask_get
+
+
+def _speak_into(log: Path) -> None:
+    """What this process and its children print goes to the attempt's log."""
+    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
