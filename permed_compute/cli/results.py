@@ -41,10 +41,8 @@ def results(
 
     def show(console: Any) -> None:
         console.print(f"{words.state(found)} {found.spec.name}: {folder}")
-        table = words.table("WHAT", "SIZE", "PATH")
         for file in files if everything else files[:_SHOWN]:
-            table.add_row(file.what, words.size(file.size), str(file.path))
-        console.print(table)
+            console.print(f"{file.path}\n    [dim]{file.what}, {words.size(file.size)}[/]")
         if len(files) > _SHOWN and not everything:
             console.print(f"… and {len(files) - _SHOWN} more: --all")
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from permed_compute.client import Client
     from permed_compute.settings import Settings
 
+_PIPED_WIDTH = 4096
+"""What reads a pipe wants whole ids and paths, not lines that fit 80 columns."""
+
 
 @dataclass
 class Session:
@@ -75,8 +78,10 @@ class Session:
 def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
-    # soft_wrap: paths and ids must survive copying; a terminal wraps by itself.
-    return Console(stderr=stderr, soft_wrap=True, highlight=False)
+    console = Console(stderr=stderr, soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        console.width = _PIPED_WIDTH
+    return console
 
 
 def show_error(error: PermedError, *, as_json: bool) -> None:
@@ -89,7 +94,7 @@ def show_error(error: PermedError, *, as_json: bool) -> None:
     console = _console(stderr=True)
     if isinstance(error, SpecError):
         console.print(f"[bold red]{escape(error.source)} is not a job[/]: {len(error.problems)} to mend")
-        for problem in error.problems:
+        for problem in sorted(error.problems, key=lambda problem: problem.line):
             console.print(f"  {escape(str(problem))}")
     else:
         console.print(f"[bold red]{escape(error.message)}[/]")

@@ -61,7 +61,7 @@ def _checked(file: str, sets: list[str] | None) -> dict[str, Any]:
     except SpecError as error:
         row["problems"] = [
             {"where": p.where, "line": p.line, "what": p.what, "remedy": p.remedy, "text": str(p)}
-            for p in error.problems
+            for p in sorted(error.problems, key=lambda p: p.line)
         ]
         return row
     except PermedError as error:

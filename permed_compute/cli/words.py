@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from permed_compute.errors import PermedError
+import typer
+
 from permed_compute.states import JobState
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def table(*columns: str) -> Table:
 
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        made.add_column(column, no_wrap=True)
+        made.add_column(column, overflow="fold")  # never cut: ids and paths are there to be copied
     return made
 
 
@@ -99,14 +99,10 @@ def facts(rows: Iterable[tuple[str, Any]]) -> Table:
 
 
 def duration(text: str) -> int:
-    """`'30d'` → seconds. Raises `PermedError` (usage)."""
-    if not re.fullmatch(r"(\d+[smhd])+", text):
-        raise WrongDurationError(f"{text!r} is not a span of time.", remedy="Write it with units, e.g. 12h or 30d.")
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([smhd])", text))
+    """`'30d'` → seconds. Raises `typer.BadParameter`."""
+    from permed_compute.spec import parse_duration
 
-
-class WrongDurationError(PermedError):
-    """A span of time on the command line cannot be read."""
-
-    code = "usage"
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.") from None
