@@ -86,8 +86,8 @@ def refuse(code: str, sentence: str, about: str, remedy: str = "", **numbers: An
 def normal(orientation: Sequence[float]) -> np.ndarray:
     """Unit normal of a plane from ImageOrientationPatient: row direction × column direction."""
     cosines = np.asarray(orientation, dtype=float)
-    across = np.cross(cosines[:3], cosines[3:])
-    return across / np.linalg.norm(across)
+    across: np.ndarray = np.cross(cosines[:3], cosines[3:])
+    return np.asarray(across / np.linalg.norm(across))
 
 
 def without_localisers(slices: Sequence[Slice], about: str) -> tuple[list[Slice], list[Finding]]:

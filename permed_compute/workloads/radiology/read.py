@@ -111,7 +111,26 @@ class Volume:
     @property
     def affine_ras(self) -> np.ndarray:
         """4×4 float64, (i, j, k, 1) → mm in NIfTI's RAS."""
-        return np.diag([-1.0, -1.0, 1.0, 1.0]) @ self.affine_lps
+        return np.asarray(np.diag([-1.0, -1.0, 1.0, 1.0]) @ self.affine_lps)
+
+    def to_ras(self, array: np.ndarray) -> np.ndarray:
+        """A view of an array of this shape with axes flipped and swapped to run right, front, head (nearest axes)."""
+        return np.asarray(_orientations().apply_orientation(array, self._axes()))
+
+    def from_ras(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_ras`."""
+        orientations = _orientations()
+        ras = np.array([[0, 1], [1, 1], [2, 1]])
+        return np.asarray(orientations.apply_orientation(array, orientations.ornt_transform(ras, self._axes())))
+
+    @property
+    def spacing_ras(self) -> tuple[float, float, float]:
+        """mm between neighbours along the axes of `to_ras`."""
+        x, y, z = (self.spacing[int(axis)] for axis in np.argsort(self._axes()[:, 0]))
+        return x, y, z
+
+    def _axes(self) -> Any:
+        return _orientations().io_orientation(self.affine_ras)
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -122,6 +141,12 @@ class Volume:
     @property
     def voxel_ml(self) -> float:
         return float(abs(np.linalg.det(self.affine_lps[:3, :3]))) / 1000
+
+
+def _orientations() -> Any:
+    from nibabel import orientations
+
+    return orientations
 
 
 # ------------------------------------------------------------------------------------------------ sources
@@ -204,7 +229,7 @@ def source_digest(source: str, digest: Digest) -> str:
     if not marker or not Path(archive).is_file():
         return digest(Path(source))
     with open_source(source) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ headers
@@ -224,7 +249,8 @@ def scan(sources: Iterable[str], digest: Digest, threads: int = 1) -> Inventory:
                 apart = ""
                 if not series and slices:
                     apart = f"{Path(slices[0].source).parent}|{slices[0].frame_of_reference}"
-                groups[study, series, apart].extend((patient, modality, item) for item in slices or [None])
+                members: Sequence[Slice | None] = slices or (None,)
+                groups[study, series, apart].extend((patient, modality, item) for item in members)
     whole = []
     for (study, uid, _), rows in groups.items():
         slices = [item for _, _, item in rows if item is not None]
@@ -274,9 +300,11 @@ def read_dataset(file: BinaryIO, keywords: Sequence[str] | None = None, *, pixel
 
     A file without the 128-byte preamble is taken where it names a SOP class; old archives hold such files.
     """
-    from pydicom import dcmread
+    from pydicom import config, dcmread
     from pydicom.errors import InvalidDicomError
 
+    # pydicom's warnings quote values, birth dates too, and warnings end in logs; what counts is checked here.
+    config.settings.reading_validation_mode = config.IGNORE
     tags: Any = list(keywords) if keywords else None
     try:
         return dcmread(file, stop_before_pixels=not pixels, specific_tags=tags)
@@ -489,7 +517,7 @@ def _frames_of(source: str, digest: str) -> np.ndarray:
     # A multi-frame file is decoded once per thread, not once per frame; single frames just replace each other.
     if getattr(_decoding, "digest", None) != digest:
         _decoding.frames, _decoding.digest = _decoded(source, digest), digest
-    return _decoding.frames
+    return np.asarray(_decoding.frames)
 
 
 def _decoded(source: str, digest: str) -> np.ndarray:
@@ -502,7 +530,7 @@ def _decoded(source: str, digest: str) -> np.ndarray:
             raise ValueError("the data set is broken off")
         if "TransferSyntaxUID" not in ds.file_meta:
             ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
-        pixels = ds.pixel_array
+        pixels: np.ndarray = ds.pixel_array
     except Exception as error:  # noqa: BLE001 - decoders raise whatever they like on broken bytes
         geometry.refuse(
             "PIXELS_UNREADABLE", f"The pixels of one file cannot be decoded ({error.__class__.__name__}): truncated,"

@@ -1,0 +1,271 @@
+"""A brain mask as DICOM SEG, NIfTI and one picture, all in the geometry of the source series.
+
+The same source, model and parameters give the same bytes: UIDs are derived from them, times are the source's (the
+content's moment is that of the images it shows; when it was computed stands in the manifest), gzip carries no clock.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from permed_compute.spec import Purpose
+from permed_compute.workloads.radiology.read import Volume
+
+# What a result shares with its source (Patient, Patient Study and General Study modules). Nothing else is copied:
+# headers of scanners and converters hold values that DICOM forbids, and private data that no result should carry.
+_TEXTS = (
+    "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex", "PatientIdentityRemoved",
+    "DeidentificationMethod", "StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "StudyDescription",
+    "AccessionNumber", "ReferringPhysicianName", "PositionReferenceIndicator", "LossyImageCompression",
+    "LossyImageCompressionMethod",
+)  # fmt: skip
+_DECIMALS = ("PatientSize", "PatientWeight", "LossyImageCompressionRatio")
+_SEQUENCES = (
+    "DeidentificationMethodCodeSequence",
+    "IssuerOfAccessionNumberSequence",
+    "IssuerOfPatientIDQualifiersSequence",
+)
+_EMPTY_WHERE_MISSING = (
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
+    "AccessionNumber", "ReferringPhysicianName",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """What made the mask. `digest` is the model's, `parameters` text that a reader can repeat it from."""
+
+    name: str
+    version: str
+    digest: str
+    parameters: str
+    label: str = "Brain"
+
+
+def derived_uid(*parts: str) -> str:
+    """A UID below 2.25 (PS3.5 B.2) that the same parts give again: no clock, no chance, nobody's root to register."""
+    digest = hashlib.sha256("\x1f".join(parts).encode()).digest()
+    return f"2.25.{int.from_bytes(digest[:16], 'big')}"
+
+
+# ------------------------------------------------------------------------------------------------ NIfTI
+
+
+def write_nifti(mask: np.ndarray, volume: Volume, path: Path) -> None:
+    """`mask` (shape of `volume.array`) as uint8 NIfTI-1, gzipped; sform and qform are the source's affine in RAS.
+
+    NIfTI-1 keeps the affine in float32: it equals the source's to that precision (below 1e-5 mm at 200 mm).
+    """
+    import nibabel
+
+    image: Any = nibabel.Nifti1Image(np.asfortranarray(mask, dtype=np.uint8), volume.affine_ras)  # type: ignore[no-untyped-call]
+    image.set_sform(volume.affine_ras, code=1)
+    image.set_qform(volume.affine_ras, code=1)
+    image.header.set_xyzt_units("mm")
+    with path.open("wb") as file, gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed:
+        packed.write(image.to_bytes())
+
+
+# ------------------------------------------------------------------------------------------------ DICOM SEG
+
+
+def write_seg(mask: np.ndarray, volume: Volume, path: Path, algorithm: Algorithm, purpose: Purpose) -> None:
+    """`mask` (shape of `volume.array`) as a BINARY DICOM SEG (PS3.3 A.51): a new series in the source's study.
+
+    One frame per source slice, empty ones too, so that the frames alone give the whole geometry back. Anything that is
+    not for care says so in its labels and in ContentQualification.
+    """
+    from highdicom import PlaneOrientationSequence, PlanePositionSequence
+    from highdicom.seg import Segmentation
+
+    sources = _sources(volume)
+    key = (volume.series, algorithm.digest, algorithm.parameters, purpose.value)
+    care = purpose is Purpose.CARE
+    label = algorithm.label.upper()
+    seg = Segmentation(
+        source_images=sources,
+        pixel_array=np.ascontiguousarray(mask.transpose(2, 1, 0), dtype=np.uint8),
+        segmentation_type="BINARY",
+        segment_descriptions=[_segment(algorithm)],
+        series_instance_uid=derived_uid("seg-series", *key),
+        series_number=_series_number(volume),
+        sop_instance_uid=derived_uid("seg-instance", *key),
+        instance_number=1,
+        manufacturer="permed_compute",
+        manufacturer_model_name=algorithm.name if care else f"{algorithm.name} (research)",
+        software_versions=algorithm.version,
+        device_serial_number=algorithm.digest[:16],
+        content_label=label if care else f"RESEARCH_{label}"[:16],
+        content_description=f"{algorithm.label} by {algorithm.name} {algorithm.version}"[:64],
+        content_creator_name="permed_compute^",
+        series_description=(f"{algorithm.label} mask" if care else f"RESEARCH {algorithm.label} mask")[:64],
+        pixel_measures=_measures(volume),
+        plane_orientation=PlaneOrientationSequence("PATIENT", _given(volume.slices[0].orientation)),
+        plane_positions=[PlanePositionSequence("PATIENT", _given(item.position)) for item in volume.slices],
+        omit_empty_frames=False,
+    )
+    if not care:
+        seg.ContentQualification = "RESEARCH"
+    _copy_patient_and_study(seg, volume)
+    _settle(seg, volume, derived_uid("seg-dimensions", *key))
+    seg.save_as(path, enforce_file_format=True)
+
+
+def _segment(algorithm: Algorithm) -> Any:
+    from highdicom import AlgorithmIdentificationSequence
+    from highdicom.color import CIELabColor
+    from highdicom.seg import SegmentDescription
+    from pydicom.sr.codedict import codes
+    from pydicom.sr.coding import Code
+
+    identification = AlgorithmIdentificationSequence(
+        name=algorithm.name,
+        version=algorithm.version,
+        family=codes.cid7162.ArtificialIntelligence,
+        source=f"sha256:{algorithm.digest[:48]}",
+    )
+    identification[0].AlgorithmParameters = algorithm.parameters
+    return SegmentDescription(
+        segment_number=1,
+        segment_label=algorithm.label,
+        segmented_property_category=codes.cid7150.AnatomicalStructure,
+        segmented_property_type=Code("12738006", "SCT", "Brain"),
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=identification,
+        display_color=CIELabColor(65.0, 45.0, 40.0),
+    )
+
+
+def _measures(volume: Volume) -> Any:
+    from highdicom import PixelMeasuresSequence
+
+    first = volume.slices[0]
+    gap = volume.spacing[2]
+    return PixelMeasuresSequence(
+        pixel_spacing=_given(first.spacing), slice_thickness=first.thickness or gap, spacing_between_slices=gap
+    )
+
+
+def _given(values: tuple[float, ...] | None) -> tuple[float, ...]:
+    assert values is not None, "an assembled volume has its geometry"
+    return values
+
+
+def _sources(volume: Volume) -> list[Any]:
+    """The source images as the library must know them: references and geometry, decimal texts written anew.
+
+    One data set per slice; one for all where the source is a multi-frame image. Without the patient: the library's
+    warnings quote names, and warnings end in logs.
+    """
+    if volume.slices[0].frame is None:
+        return [_reference(volume, k) for k in range(len(volume.slices))]
+    ds = _reference(volume, 0)
+    for keyword in ("NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        ds.add(volume.header[keyword])
+    return [ds]
+
+
+def _reference(volume: Volume, k: int) -> Any:
+    from pydicom import Dataset
+
+    item = volume.slices[k]
+    ds = Dataset()
+    for keyword in _EMPTY_WHERE_MISSING:
+        setattr(ds, keyword, "")
+    ds.SpecificCharacterSet = "ISO_IR 192"
+    ds.SOPClassUID, ds.SOPInstanceUID = item.sop_class, item.sop_instance
+    ds.StudyInstanceUID = str(volume.header.get("StudyInstanceUID") or "")
+    ds.SeriesInstanceUID = str(volume.header.get("SeriesInstanceUID") or "")
+    ds.FrameOfReferenceUID = item.frame_of_reference or derived_uid("frame-of-reference", volume.series)
+    ds.Modality, ds.Rows, ds.Columns = volume.modality, item.rows, item.columns
+    if item.frame is None:
+        ds.ImagePositionPatient = _decimals(_given(item.position))
+        ds.ImageOrientationPatient = _decimals(_given(item.orientation))
+        ds.PixelSpacing = _decimals(_given(item.spacing))
+        (ds.SliceThickness,) = _decimals([item.thickness or volume.spacing[2]])
+    return ds
+
+
+def _copy_patient_and_study(seg: Any, volume: Volume) -> None:
+    """As the source has them, in UTF-8: files without a character set hold Latin-1 more often than not."""
+    from pydicom.valuerep import PersonName
+
+    header = volume.header
+    for keyword in (*_TEXTS, *_SEQUENCES):
+        if keyword in header:
+            seg.add(header[keyword])
+    for keyword in _DECIMALS:
+        values = header.get(keyword)
+        if values not in (None, ""):
+            many = values if hasattr(values, "__iter__") and not isinstance(values, str) else [values]
+            setattr(seg, keyword, _decimals(many))
+    for keyword in ("PatientName", "ReferringPhysicianName"):
+        seg[keyword].value = PersonName(str(header.get(keyword) or ""))
+
+
+def _decimals(values: Any) -> list[Any]:
+    from pydicom.valuerep import DSfloat
+
+    return [DSfloat(float(value), auto_format=True) for value in values]
+
+
+def _series_number(volume: Volume) -> int:
+    """The source's series number × 100 + 1, as PACS users know derived series; 9001 where it has none that fits."""
+    number = volume.header.get("SeriesNumber")
+    return int(number) * 100 + 1 if str(number or "").isdigit() and int(number) < 10_000_000 else 9001
+
+
+def _settle(seg: Any, volume: Volume, dimensions: str) -> None:
+    """Replace what the library takes from the clock and from chance."""
+    header = volume.header
+    date = str(header.get("SeriesDate") or header.get("StudyDate") or "19700101")
+    time = str(header.get("SeriesTime") or header.get("StudyTime") or "000000")
+    seg.SeriesDate = seg.ContentDate = date
+    seg.SeriesTime = seg.ContentTime = time
+    for keyword in ("InstanceCreationDate", "InstanceCreationTime"):
+        if keyword in seg:
+            delattr(seg, keyword)
+    for item in seg.get("ContributingEquipmentSequence", ()):
+        del item.ContributionDateTime
+    for item in (*seg.DimensionIndexSequence, *seg.DimensionOrganizationSequence):
+        item.DimensionOrganizationUID = dimensions
+
+
+# ------------------------------------------------------------------------------------------------ picture
+
+
+def write_overlay(mask: np.ndarray, volume: Volume, path: Path) -> None:
+    """Three orthogonal cuts through the mask's middle with its outline, in true proportions, as PNG. No text at all.
+
+    Seen as radiologists do: the patient's left is on the right, front and head are up.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    grey, brain, spacing = volume.to_ras(volume.array), volume.to_ras(mask), volume.spacing_ras
+    middle = [round(float(points.mean())) for points in np.nonzero(brain)] if brain.any() else []
+    middle = middle or [length // 2 for length in grey.shape]
+    low, high = np.percentile(grey[:: max(1, grey.shape[0] // 64)], (1, 99.5))
+    figure = Figure(figsize=(12, 4.2), dpi=100, facecolor="black")
+    FigureCanvasAgg(figure)
+    # RAS: x to the right, y to the front, z to the head. Axial and coronal show x reversed (left on the right).
+    for place, (axis, across, up) in enumerate(((2, 0, 1), (1, 0, 2), (0, 1, 2))):
+        axes = figure.add_axes((place / 3 + 0.005, 0.01, 1 / 3 - 0.01, 0.98))
+        cut = np.take(grey, middle[axis], axis=axis).T
+        outline = np.take(brain, middle[axis], axis=axis).T
+        extent = (0.0, grey.shape[across] * spacing[across], 0.0, grey.shape[up] * spacing[up])
+        axes.imshow(
+            cut, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", extent=extent, aspect="equal"
+        )
+        if outline.any() and not outline.all():
+            axes.contour(outline, levels=[0.5], colors=["#ff5a36"], linewidths=1.2, extent=extent, origin="lower")
+        if across == 0:
+            axes.invert_xaxis()
+        axes.set_axis_off()
+    figure.savefig(path, format="png", facecolor="black", metadata={"Software": None})
