@@ -414,7 +414,7 @@ def test_every_commit_reaches_the_disk(tmp_path: Path, opened: Callable[..., Sql
 
 MOUNTS = """\
 21 1 254:0 / / rw,relatime - ext4 /dev/vda rw
-22 21 0:5 / /cluster rw,relatime shared:1 - lustre mds@tcp:/work rw
+22 21 0:5 / /cluster rw,relatime shared:1 - lustre mds@tcp:/project rw
 23 22 0:6 / /cluster/local\\040disk rw,relatime - xfs /dev/vdb rw
 24 21 0:7 / /home rw - autofs systemd-1 rw
 25 21 0:8 / /home rw - nfs4 server:/home rw
