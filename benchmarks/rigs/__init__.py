@@ -1,0 +1,1 @@
+"""What several benchmarks set up: a home with its controller, a bare Ray."""
