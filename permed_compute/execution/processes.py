@@ -65,11 +65,15 @@ def alive(pid: int, started: int) -> bool:
 
 
 class ProcessTable:
-    """All processes of this user, looked at together; remembers marks between looks."""
+    """All processes of this machine, looked at together.
+
+    It remembers between looks: a process that was once below a marked one keeps the mark when its parent dies.
+    """
 
     def __init__(self) -> None:
         self.processes: dict[int, Process] = {}
         self._marks: dict[tuple[int, int], Mapping[str, str]] = {}
+        self._kept: dict[tuple[int, int], dict[str, str]] = {}
 
     def look(self) -> ProcessTable:
         """Look again; returns itself."""
@@ -77,16 +81,18 @@ class ProcessTable:
         self.processes = {process.pid: process for process in found if process is not None and process.parent != 2}
         present = {(process.pid, process.started) for process in self.processes.values()}
         self._marks = {who: marks for who, marks in self._marks.items() if who in present}
+        self._kept = {who: marks for who, marks in self._kept.items() if who in present}
         return self
 
     def marked(self, name: str) -> dict[int, str]:
         """Process → value of that mark, for those that bear it and, from the nearest parent, all below them."""
         own = {pid: self._mark(process).get(name) for pid, process in self.processes.items()}
         found: dict[int, str] = {}
-        for pid in self.processes:
-            value = self._inherited(pid, own)
-            if value is not None:
-                found[pid] = value
+        for pid, process in self.processes.items():
+            kept = self._kept.setdefault((pid, process.started), {})
+            value = self._inherited(pid, own) or kept.get(name)
+            if value:
+                found[pid] = kept[name] = value
         return found
 
     def _inherited(self, pid: int, own: Mapping[int, str | None]) -> str | None:

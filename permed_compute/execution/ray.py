@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 _ASK_S = 3.0
 """How long the controller waits for word of an attempt before it says UNKNOWN."""
 _LAUNCH_S = 30.0
+_GIVE_UP_S = 20.0
+"""A connection without a word for so long is taken for dead: the next question makes a new one."""
 _PREFIX = "permed-"
 _MIB = 2**20
 
@@ -214,7 +216,12 @@ class RayExecutor:
 
     def _ask(self, call: str, timeout_s: float, **arguments: Any) -> Any:
         bridge = self._bridge or self._connected(self._where())
-        return bridge.ask(call, timeout_s, **arguments)
+        try:
+            return bridge.ask(call, timeout_s, **arguments)
+        except BridgeError:
+            if bridge.silent_s > _GIVE_UP_S:
+                self._disconnect()
+            raise
 
 
 def _bundle(grant: Grant, *, clustered: bool) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import subprocess
@@ -42,12 +43,18 @@ class Bridge:
                 cwd=log.parent, start_new_session=True,
             )  # fmt: skip
         self._answers: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self._asked = self._answered = 0
+        self._asked = 0
+        self._heard = time.monotonic()
         threading.Thread(target=self._listen, name="permed-ray-bridge", daemon=True).start()
 
     @property
     def usable(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since its last answer, or its start."""
+        return time.monotonic() - self._heard
 
     def ask(self, call: str, timeout_s: float, **arguments: Any) -> Any:
         """The answer. Raises `BridgeError` where none comes in time, `EngineError` where Ray refuses."""
@@ -67,6 +74,7 @@ class Bridge:
                 raise BridgeError(f"Ray did not answer within {timeout_s:g} s.") from None
             if answer is None:
                 raise BridgeError("The process that speaks to Ray is gone.")
+            self._heard = time.monotonic()
             if answer["id"] != self._asked:
                 continue  # of a request that was given up
             if "error" in answer:
@@ -99,9 +107,13 @@ class _Speaker:
     def __init__(self, address: str, namespace: str) -> None:
         import ray
 
-        self.ray = ray
-        ray.init(
-            address=address, namespace=namespace, log_to_driver=False, configure_logging=False, logging_level="error"
+        self.ray: Any = ray
+        self.ray.init(
+            address=address,
+            namespace=namespace,
+            log_to_driver=False,
+            configure_logging=False,
+            logging_level=logging.ERROR,
         )
 
     def launch(self, name: str, root: str, bundles: list[Row], engine: Row) -> None:

@@ -99,9 +99,9 @@ class RayCrew:
         return outer
 
     def restart(self, slot: int) -> None:
-        ray.kill(self._members[slot])
         if not self._watchdog.end_slot(slot):
             raise EngineError(f"Processes of worker {slot} cannot be ended.")
+        ray.kill(self._members[slot])
         self._members[slot] = self._hire(slot)
 
     def facts(self) -> Mapping[str, Any]:
@@ -110,6 +110,7 @@ class RayCrew:
     def close(self) -> None:
         self._watchdog.look()
         self._watchdog.stop()
+        self._watchdog.end_all()  # first, while what they started is still below them
         for member in self._members:
             ray.kill(member)
 

@@ -140,8 +140,8 @@ class LocalRay:
     def _command(self) -> list[str]:
         # Port 0 everywhere: Ray takes free ones. No dashboard, autoscaler or log forwarding: nobody here asks them.
         return [
-            sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head",
-            "--node-ip-address=127.0.0.1", "--port=0", "--dashboard-agent-listen-port=0", "--include-dashboard=false", "--include-log-monitor=false",
+            sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address=127.0.0.1",
+            "--port=0", "--dashboard-agent-listen-port=0", "--include-dashboard=false", "--include-log-monitor=false",
             "--no-monitor", "--disable-usage-stats", f"--temp-dir={self._folder}",
             f"--num-cpus={self._size['cpus']}", f"--num-gpus={self._size['gpus']}",
             f"--memory={self._size['memory'] * _MIB}", f"--object-store-memory={_OBJECT_STORE}",

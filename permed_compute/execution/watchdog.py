@@ -56,10 +56,15 @@ class Watchdog:
 
     def end_slot(self, slot: int) -> bool:
         """End every process of that worker, so that another may take its place. True once none is left."""
-        table = ProcessTable()
-        gone = processes.kill_all(lambda: processes.of_attempt(self._name, table.look()).get(str(slot), []))
+        gone = processes.kill_all(lambda: self._slots().get(str(slot), []))
         self._reasons.pop(str(slot), None)
         return gone
+
+    def end_all(self) -> bool:
+        """End every worker's processes; the driver's own go with the driver. True once none is left."""
+        return processes.kill_all(
+            lambda: [process for slot, found in self._slots().items() if slot != DRIVER for process in found]
+        )
 
     def facts(self) -> Mapping[str, Any]:
         """Peak memory of all workers together (MiB) and their CPU seconds, without the driver's own process."""
@@ -69,7 +74,7 @@ class Watchdog:
 
     def look(self) -> None:
         """One round: pin, count, and end whoever takes more memory than it was granted."""
-        slots = processes.of_attempt(self._name, self._table.look())
+        slots = self._slots()
         if self._cores:
             for found in slots.values():
                 for process in found:
@@ -80,6 +85,10 @@ class Watchdog:
             if slot != DRIVER:
                 held += min(self._granted[int(slot)], self._hold_to_memory(slot, found))
         self._hold_driver(slots.get(DRIVER, []), sum(self._granted) - held + DRIVER_MEMORY)
+
+    def _slots(self) -> dict[str, list[Process]]:
+        with self._lock:
+            return processes.of_attempt(self._name, self._table.look())
 
     def _run(self) -> None:
         while not self._stop.wait(TICK_S):

@@ -73,8 +73,7 @@ class Toys:
     def ending(attempt: Attempt) -> dict[str, Any]:
         """The exit record, waited for."""
         wait_for(attempt.paths.exit.exists, f"an exit record of {attempt.name}")
-        record: dict[str, Any] = read_json(attempt.paths.exit)
-        return record
+        return dict(read_json(attempt.paths.exit) or {})
 
     @staticmethod
     def rows(attempt: Attempt, kind: str) -> list[dict[str, Any]]:
@@ -123,7 +122,7 @@ class ExecutorConformance:
         assert [(results / "parts" / f"n-{n}" / "square.txt").read_text() for n in range(6)] == [
             str(n * n) for n in range(6)
         ]
-        manifest = read_json(results / "manifest.json")
+        manifest = json.loads((results / "manifest.json").read_text(encoding="utf-8"))
         assert manifest["engine"]["engine"] == executor.name
         assert manifest["job"]["attempt"] == 1
         assert manifest["stages"]["square"] >= 0

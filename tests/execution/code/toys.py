@@ -129,6 +129,17 @@ def _elsewhere(part: Part, model: Any, ctx: Context) -> PartResult:
 elsewhere = Map(run=_elsewhere)
 
 
+def _glutton(spec: Any, state: Mapping[str, Any], ctx: Context) -> list[Part]:
+    """A plan that holds more memory than the job asked for."""
+    held = bytearray(spec.params["mib"] * 2**20)
+    held[::4096] = b"x" * len(held[::4096])
+    time.sleep(30)
+    return [Part("never")]
+
+
+glutton = Map(plan=_glutton, run=lambda part, model, ctx: PartResult())
+
+
 # ------------------------------------------------------------------------------------------- gang
 
 
