@@ -6,6 +6,7 @@ attempts' folders and the engine, adopts what still runs, and never launches an 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import socket
@@ -69,11 +70,18 @@ class Controller:
     def name(self) -> str:
         return f"controller-{socket.gethostname()}-{os.getpid()}"
 
+    @property
+    def holder(self) -> str:
+        """Whose lease it is: this home's, not this process's. The home's lock admits one process, so that a restarted
+        controller need not wait for the lease of the one whose death freed the lock."""
+        home = hashlib.sha256(str(self.home.root.resolve()).encode()).hexdigest()[:16]
+        return f"{socket.gethostname()}:{home}"
+
     # ------------------------------------------------------------------------------------- the loop
 
     def lead(self) -> None:
         """Take the queue's lease. Raises `LeaseLostError` while another controller holds it."""
-        self.lease = self.queue.acquire(self.name, self.settings.lease * 1000)
+        self.lease = self.queue.acquire(self.holder, self.settings.lease * 1000)
         if self.lease is None:
             raise LeaseLostError(
                 "Another controller leads this queue.",

@@ -104,6 +104,7 @@ class _Drive:
 
     def run(self) -> Row:
         found = registry.find(self.attempt.spec)
+        self._ledger().abandon(self.attempt.job_id)  # of an attempt that was killed; the fence keeps it from writing
         staging = self.attempt.paths.root / "results.new"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True, mode=0o700)
@@ -123,15 +124,16 @@ class _Drive:
         finally:
             crew.close()
             shutil.rmtree(self.attempt.paths.scratch, ignore_errors=True)
-            Ledger(HomePaths(self.attempt.home).ledger, self.attempt.spec.scope()).abandon(
-                f"{self.attempt.job_id}.{self.attempt.number}"
-            )
+            self._ledger().abandon(self.attempt.job_id)
         ctx.digests.save()
         return results.publish(
             self.attempt, staging, result=result, parts=list(self.part_rows.values()), findings=self.findings,
             metrics=self.metrics, stages=self.stages, used=used, engine=self.engine, version=found.version,
             code_digest=found.code_digest, model_digest=model, began=self.began,
         )  # fmt: skip
+
+    def _ledger(self) -> Ledger:
+        return Ledger(HomePaths(self.attempt.home).ledger, self.attempt.spec.scope())
 
     def _fold(self, kind: str, **values: Any) -> None:
         """Take a record of the driver itself or of a part."""
@@ -170,7 +172,7 @@ class _Drive:
     def _parts(
         self, parts: list[Part], found: registry.Found, model: str, crew: Crew, ctx: WorkerContext
     ) -> list[DonePart]:
-        ledger = Ledger(HomePaths(self.attempt.home).ledger, self.attempt.spec.scope())
+        ledger = self._ledger()
         waiting: deque[_Task] = deque()
         self.part_rows = {}
         keys: dict[str, str] = {}

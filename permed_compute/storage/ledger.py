@@ -107,7 +107,7 @@ class Ledger:
         return Entry(target, full), True
 
     def abandon(self, writer: str) -> int:
-        """Remove what an attempt left half-written; returns how many folders."""
+        """Remove what a job (or `job.attempt`) left half-written; returns how many folders."""
         left = [path for path in self._new.iterdir() if f".{writer}." in path.name]
         for path in left:
             shutil.rmtree(path, ignore_errors=True)

@@ -319,9 +319,9 @@ def test_a_launch_that_the_engine_refuses_is_tried_again_later(fake: World) -> N
 
 
 class Other(Controller):
-    """A controller of another process."""
+    """A controller of another home."""
 
-    name = property(lambda self: "another")
+    holder = property(lambda self: "another")
 
 
 def test_a_second_controller_does_not_lead_and_a_deposed_one_stops(fake: World) -> None:

@@ -141,9 +141,11 @@ def chaos(folder: Path, *, kills: int, parts: int, seconds: float, seed: int) ->
             done[target] += 1
             daemon = controller(home.root, anchor)
         elif target == "worker":
+            _until(lambda: workers(home) or _state(settings, job_id) in ENDED, 120)
             alive = workers(home)
             done[target] += kill([chance.choice(alive)]) if alive else 0
         else:
+            _until(lambda: ray_processes(home) or _state(settings, job_id) in ENDED, 120)
             done[target] += bool(kill(ray_processes(home)))
         print(
             f"{time.monotonic() - began:6.1f} s  kill {target:10}  {_published(home)} of {parts} published", flush=True
