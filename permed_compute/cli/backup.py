@@ -29,6 +29,8 @@ def backup(
 
     Example: permed backup queue-2026-11-21.backup
     """
+    from rich.markup import escape
+
     session = Session.of(ctx)
     if target.exists():
         raise QueueError(f"{target} is there already.", remedy="Name a new file: a backup never replaces another.")
@@ -45,7 +47,7 @@ def backup(
                 said = queue.backup(str(target.absolute()))
             finally:
                 queue.close()
-    session.answer({"backup": said, "path": str(target.absolute())}, said)
+    session.answer({"backup": said, "path": str(target.absolute())}, escape(said))
 
 
 def restore(
@@ -56,6 +58,8 @@ def restore(
 
     Example: permed --home new-home restore queue-2026-11-21.backup
     """
+    from rich.markup import escape
+
     from permed_compute.queue import backup as backups
 
     session = Session.of(ctx)
@@ -63,7 +67,7 @@ def restore(
     home = settings.paths.create()
     with _nobody_leads(home):
         said = backups.restore(str(source), settings.queue_url or f"sqlite:///{home.database}")
-    session.answer({"restored": said}, f"restored: {said}")
+    session.answer({"restored": said}, f"restored: {escape(said)}")
     session.note("What ran at the time of the backup is looked for at the next start, and run again where it is gone.")
 
 

@@ -34,7 +34,7 @@ def catalog(
 
         table = words.table("KIND", "NAME", "WHAT", "WHERE")
         for entry in found:
-            table.add_row(entry.kind, entry.name, escape(entry.title), entry.path)
+            table.add_row(entry.kind, entry.name, escape(entry.title), escape(entry.path))
         console.print(table if found else "Nothing of that kind ships yet.")
 
     session.answer([entry.as_dict() for entry in found], show)

@@ -35,7 +35,7 @@ def demo(ctx: typer.Context) -> None:
     session = Session.of(ctx)
     home = session.settings.paths.create()
     head = find_head(home)
-    session.note(f"[bold]input[/]  {head.folder}\n        {head.source}")
+    session.note(f"input   {head.folder}\n        {head.source}")
     spec = jobfile.load(JOB, inputs=[str(head.folder)])
     done = work_off(session, lambda client: client.submit(spec))
     if done.code is not Exit.OK:
@@ -52,10 +52,12 @@ def demo(ctx: typer.Context) -> None:
     }
 
     def show(console: Any) -> None:
+        from rich.markup import escape
+
         summary(console, session, done)
         console.print()
         for name, where in found.items():
-            console.print(f"[green]✓[/] {name:<12} {where}" if where else f"[red]✗[/] {name:<12} missing")
+            console.print(f"[green]✓[/] {name:<12} {escape(where)}" if where else f"[red]✗[/] {name:<12} missing")
         flag = "" if home.root == Path.home() / ".permed" else f" --home {home.root}"
         console.print("\nnext:")
         for command, why in (
@@ -63,7 +65,7 @@ def demo(ctx: typer.Context) -> None:
             (f"permed run {JOB} --input YOUR_DICOM_FOLDER{flag}", "the same on your own series"),
             (f"permed status {job.id}{flag}", "parts, history, and what it ran on"),
         ):
-            console.print(f"  [cyan]{command}[/]\n      {why}")
+            console.print(f"  [cyan]{escape(command)}[/]\n      {why}")
 
     session.answer(value, show)
     if missing:

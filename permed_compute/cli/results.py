@@ -40,9 +40,11 @@ def results(
     files = outputs(folder)
 
     def show(console: Any) -> None:
-        console.print(f"{words.state(found)} {found.spec.name}: {folder}")
+        from rich.markup import escape
+
+        console.print(f"{words.state(found)} {found.spec.name}: {escape(str(folder))}")
         for file in files if everything else files[:_SHOWN]:
-            console.print(f"{file.path}\n    [dim]{file.what}, {words.size(file.size)}[/]")
+            console.print(f"{escape(str(file.path))}\n    [dim]{file.what}, {words.size(file.size)}[/]")
         if len(files) > _SHOWN and not everything:
             console.print(f"… and {len(files) - _SHOWN} more: --all")
 

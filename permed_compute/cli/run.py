@@ -149,7 +149,7 @@ def _stay(session: Session, client: Client, ids: list[str]) -> Done:
         and session.settings.tracking_uri != "none"
         and any(job.state is not JobState.HELD for job in jobs)
     ):
-        session.note("[dim]sending records to tracking …[/]")
+        session.note("sending records to tracking …")
         tracking = client.flush_tracking()
     return Done(jobs, of_states([job.state for job in jobs]), tracking)
 
@@ -193,8 +193,10 @@ def summary(console: Any, session: Session, done: Done) -> None:
     for job in done.jobs[:10]:
         used = job.detail.get("usage", {})
         took = f"{used['wall_s']:.1f} s" if "wall_s" in used else ""
-        sentence = escape(str(job.detail.get("sentence", "")))
-        said = " · ".join(x for x in (took, words.counts(job.detail.get("counts", {})), sentence) if x)
+        counts = words.counts(job.detail.get("counts", {}))
+        # Of a success with parts, the counts say it all.
+        sentence = "" if job.state is JobState.SUCCEEDED and counts else escape(str(job.detail.get("sentence", "")))
+        said = " · ".join(word for word in (took, counts, sentence) if word)
         console.print(f"[bold]{words.state(job)}[/] {job.spec.name} ({job.id})" + (f": {said}" if said else ""))
         remedy = job.detail.get("remedy")
         if remedy:

@@ -70,9 +70,9 @@ class Session:
                 self.out.print(item)
 
     def note(self, sentence: str) -> None:
-        """A remark beside the answer, for people only."""
+        """A remark beside the answer, for people only; shown as it is."""
         if not self.as_json:
-            self.err.print(sentence, highlight=False)
+            self.err.print(sentence, markup=False)
 
 
 def _console(*, stderr: bool) -> Console:

@@ -114,11 +114,13 @@ def _input_row(name: str, path: Path) -> dict[str, Any]:
 
 
 def _shown(row: dict[str, Any]) -> Any:
+    from rich.text import Text
+
     each = row["grants"][0] if row["grants"] else None
     workers = (
         f"{len(row['grants'])} × {each['cpus']:g} CPU, {each['memory_mib']} MiB, on {each['flavor']}" if each else ""
     )
-    verdict = "[green]would start now[/]" if row["starts_now"] else "[yellow]would wait[/]"
+    verdict = Text("would start now", "green") if row["starts_now"] else Text("would wait", "yellow")
     inputs = [
         (f"input {i['name']}", f"{i['path']}: " + (f"{i['files']} files, {words.size(i['bytes'])}" if i["exists"]
                                                    else "not on this machine"))

@@ -86,15 +86,19 @@ def table(*columns: str) -> Table:
 
 
 def facts(rows: Iterable[tuple[str, Any]]) -> Table:
-    """Two columns without a head: names and values; empty values are left out."""
+    """Two columns without a head: names and values, shown as they are; empty values are left out.
+
+    A value that is to have colours is a `rich.text.Text`.
+    """
     from rich.table import Table
+    from rich.text import Text
 
     made = Table(box=None, pad_edge=False, show_header=False)
     made.add_column(style="dim", no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in rows:
         if value not in ("", None):
-            made.add_row(name, str(value))
+            made.add_row(Text(name), value if isinstance(value, Text) else Text(str(value)))
     return made
 
 

@@ -119,3 +119,12 @@ def test_status_of_a_job_shows_its_history(permed, job_file: Path) -> None:
     value = permed("status", job["id"], "--json").json
     assert [event["after"] for event in value["history"]] == ["QUEUED"]
     assert "submitted" in permed("status", job["id"]).out
+
+
+def test_brackets_in_names_are_shown_as_they_are(permed, job_file: Path, tmp_path: Path) -> None:
+    """Rich would take them for colours."""
+    answer = permed("submit", job_file, "--dry-run", "--set", "resources={gpus: 1, flavors: [h100, cpu]}")
+    assert "prefers [h100, cpu]" in answer.out
+    folder = tmp_path / "[red]home"
+    [job] = permed("run", job_file, "--home", folder, "--json").json["jobs"]
+    assert str(folder) in permed("results", job["id"], "--home", folder).out
