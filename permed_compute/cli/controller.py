@@ -5,14 +5,11 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from permed_compute.cli.run import Patience
 from permed_compute.cli.session import Session
-from permed_compute.errors import LeaseLostError
 from permed_compute.states import ENDED, JobState
 
 if TYPE_CHECKING:
@@ -48,20 +45,11 @@ def controller(
     try:
         with session.client() as client:
             session.note(f"serving {client.home.root}; log: {client.home.log}; Ctrl-C stops")
-            _serve(session, client, lambda: stop.is_set() or (once_idle and _idle(client)))
+            client.serve(lambda: stop.is_set() or (once_idle and _idle(client)))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     session.note("stopped; the lease is given back")
-
-
-def _serve(session: Session, client: Client, until: Callable[[], bool]) -> None:
-    patience = Patience(session)
-    while not until():
-        try:
-            client.serve(until)
-        except LeaseLostError as error:
-            patience.wait(error)
 
 
 def _idle(client: Client) -> bool:

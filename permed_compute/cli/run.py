@@ -16,7 +16,7 @@ from permed_compute.cli.exits import Exit, of_states
 from permed_compute.cli.jobs import JobsArgument
 from permed_compute.cli.session import Session
 from permed_compute.cli.submit import checked
-from permed_compute.errors import LeaseLostError, NotFoundError, PermedError, QueueError
+from permed_compute.errors import NotFoundError, PermedError, QueueError
 from permed_compute.states import JobState
 
 if TYPE_CHECKING:
@@ -93,36 +93,15 @@ class Done:
 def work_off(session: Session, begin: Callable[[Client], list[Job]]) -> Done:
     """Queue what `begin` says and stay until it has ended, is held, or the user interrupts."""
     ids: list[str] = []
-    patience = Patience(session)
     while True:
         with session.client() as client:
             try:
                 ids = ids or [job.id for job in begin(client)]
                 return _stay(session, client, ids)
-            except LeaseLostError as error:
-                patience.wait(error)
             except (QueueError, NotFoundError, OSError):
                 # The process that led this home has ended, and the jobs are safe in the queue: lead it ourselves.
                 if client.embedded or not ids or _answers(client):
                     raise
-        time.sleep(_REOPEN_S)
-
-
-class Patience:
-    """Waits out the lease of a controller that was killed: it cannot give it back, so it has to run out."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self._end = 0.0
-
-    def wait(self, error: LeaseLostError) -> None:
-        """Sleep a little; raise the error again once a dead controller's lease would have run out."""
-        now = time.monotonic()
-        if not self._end:
-            self._end = now + self.session.settings.lease + _REOPEN_S
-            self.session.note("waiting for the lease of a controller that has died …")
-        if now > self._end:
-            raise error
         time.sleep(_REOPEN_S)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from typer.main import get_command
@@ -98,3 +101,11 @@ def test_every_error_kind_has_a_code() -> None:
 )
 def test_the_code_of_several_jobs_is_the_worst(states: list[str], code: Exit) -> None:
     assert of_states([JobState(state) for state in states]) is code
+
+
+def test_the_shell_completes_commands() -> None:
+    """Typer's own protocol: the words so far come by the environment."""
+    environment = {**os.environ, "_PERMED_COMPLETE": "complete_bash", "COMP_WORDS": "permed va", "COMP_CWORD": "1"}
+    words = [sys.executable, "-c", "import sys; from permed_compute.cli import main; sys.exit(main())"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["validate"]

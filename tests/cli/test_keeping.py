@@ -127,6 +127,15 @@ def test_doctor_mends_what_crashes_left(permed, job_file: Path, home: HomePaths)
     assert not scratch.exists()
 
 
+def test_doctor_mends_a_dead_ray_session(permed, job_file: Path, home: HomePaths) -> None:
+    permed("submit", job_file)
+    (home.runtime / "session" / "sockets").mkdir(parents=True, mode=0o700)
+    assert levels(permed("doctor", "--json"))["ray session"] == "warn"
+    assert levels(permed("doctor", "--mend", "--json"))["ray session"] == "mended"
+    assert not (home.runtime / "session").exists()
+    assert "ray session" not in levels(permed("doctor", "--json"))
+
+
 def test_doctor_refuses_an_anchor_inside_the_home(permed, home: HomePaths, monkeypatch) -> None:
     monkeypatch.setenv("PERMED_ANCHOR", str(home.root / "anchor"))
     assert levels(permed("doctor", "--json"))["audit anchor"] == "bad"

@@ -136,10 +136,7 @@ def test_run_beside_a_controller_waits_for_it(permed, job_file: Path, controller
     assert permed("controller").code == Exit.UNAVAILABLE
 
 
-def test_a_run_whose_controller_is_killed_leads_itself(
-    job_file: Path, home: HomePaths, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PERMED_LEASE", "2")
+def test_a_run_whose_controller_is_killed_leads_itself(job_file: Path, home: HomePaths) -> None:
     command = [sys.executable, "-m", "permed_compute.cli"]
     leader = subprocess.Popen([*command, "controller"], stderr=subprocess.PIPE, text=True)
     assert leader.stderr is not None
@@ -155,6 +152,21 @@ def test_a_run_whose_controller_is_killed_leads_itself(
     out, _ = follower.communicate(timeout=120)
     assert follower.returncode == Exit.OK, out
     assert "SUCCEEDED" in out
+
+
+@pytest.mark.xfail(reason="the controller takes an attempt that its leaving executor stopped for one out of time")
+def test_two_runs_in_one_home_share_it(job_file: Path, home: HomePaths) -> None:
+    """The first leads; when it is done, the second takes the lead and its job goes on."""
+    run = [sys.executable, "-m", "permed_compute.cli", "run", str(job_file), "--set", "retries=2"]
+    short = subprocess.Popen([*run, "--set", "params.tenths=2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    end = time.monotonic() + 60
+    while not home.socket.exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    long = subprocess.Popen([*run, "--set", "params.tenths=6"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for process in (short, long):
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == Exit.OK, out
 
 
 def test_controller_stops_when_idle_if_asked(permed, job_file: Path, home: HomePaths) -> None:
