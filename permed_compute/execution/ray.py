@@ -205,7 +205,10 @@ class RayExecutor:
         if self._bridge is None:
             self._home.runtime.mkdir(mode=0o700, exist_ok=True)
             self._bridge = Bridge(
-                address, self._namespace, bridge_environment(self._local), self._home.runtime / "ray-bridge.log"
+                address,
+                self._namespace,
+                bridge_environment(self._local, address),
+                self._home.runtime / "ray-bridge.log",
             )
         return self._bridge
 

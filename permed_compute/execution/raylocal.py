@@ -178,8 +178,10 @@ class LocalRay:
         return None
 
 
-def bridge_environment(local: LocalRay | None) -> Mapping[str, str]:
+def bridge_environment(local: LocalRay | None, address: str) -> Mapping[str, str]:
     """For the process that speaks Ray for us: the local session's, or the caller's own for a Ray that is given."""
-    if local is None:
-        return dict(os.environ)
-    return {name: value for name, value in local.environment().items() if name not in (SESSION_MARK, "RAY_START_HOOK")}
+    if local is not None:
+        ours = (SESSION_MARK, "RAY_START_HOOK")
+        return {name: value for name, value in local.environment().items() if name not in ours}
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if address.startswith(("127.", "localhost:")) else {}
+    return {**os.environ, **loopback}

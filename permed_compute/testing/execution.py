@@ -41,7 +41,7 @@ class Toys:
 
     def attempt(
         self, workload: str, *, job: str = "job", number: int = 1, workers: int = 1, cpus: float = 0.5,
-        memory: int = 1024, retries: int = 1, seed: int = 0, **params: Any,
+        memory: int = 1024, retries: int = 1, seed: int = 0, node: str = "local", **params: Any,
     ) -> Attempt:  # fmt: skip
         """The launch intent of an attempt, written, with the fence raised for it."""
         resources = {"workers": workers, "cpus": cpus, "memory": f"{memory}MiB"}
@@ -49,7 +49,7 @@ class Toys:
             name=job, workload=f"toys:{workload}", code=str(self.code), retries=retries, seed=seed, resources=resources,
             account=self.scope, params={"tally": str(self.tally), **params},
         )  # fmt: skip
-        grants = tuple(Grant("local", round(cpus * 1000), memory, 0, "cpu") for _ in range(workers))
+        grants = tuple(Grant(node, round(cpus * 1000), memory, 0, "cpu") for _ in range(workers))
         job_id = f"{self.scope}-{job}"
         paths = self.home.job(job_id).attempt(number)
         attempt = Attempt(job_id, number, spec, grants, "the suite asked for it", self.home.root, paths)
