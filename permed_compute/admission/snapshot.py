@@ -9,13 +9,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from permed_compute.admission.policy import CPU, Policy
 from permed_compute.queue.port import Job
 from permed_compute.spec import Band
 from permed_compute.states import LIVE, JobState
 
-CPU = "cpu"
-"""The flavor of a node's cores; every other flavor is a kind of GPU."""
+__all__ = [
+    "ANY_GPU", "CPU", "Admission", "Dependency", "Gpu", "Grant", "Node", "Plan", "Policy", "Preemption", "Promise",
+    "Reservation", "Resize", "Snapshot", "Start", "Wait", "Waiting", "Window", "grants_of", "take",
+]  # fmt: skip
+
 ANY_GPU = "gpu"
+"""The wish for any kind of GPU. `cpu` is the flavor of a node's cores; every other flavor is a kind of GPU."""
+NEVER = 1 << 60
+"""A moment that does not come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,19 @@ class Reservation:
     grants: tuple[Grant, ...]
     ends_by: int
     """Start + time limit + grace: no later, by promise."""
+    version: int = 0
+    started_at: int = 0
+    """When it was given what it holds, ms."""
+    kept_at: int = 0
+    """Its newest checkpoint, ms, or `started_at`: what it computed since is lost when it is stopped."""
+    time_limit: int = 0
+    workers_min: int = 0
+    workers_max: int = 0
+    """0: not elastic, never resized."""
+    stoppable: bool = True
+    """False while it is stopping already, not yet running, or its engine is silent."""
+    charge: int = 1000
+    """Thousandths at which its use counts for fairness."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +121,35 @@ class Waiting:
     dependencies: tuple[Dependency, ...] = ()
     not_before: int = 0
     """Back-off after a fault of the machine: do not start earlier."""
+    deadline: int = 0
+    """ms, 0 = none. Orders the clinical band by slack."""
+    estimate: int = 0
+    """Seconds that its like took before, 0 = unknown. For slack and estimates; the limit stays the promise."""
+    promised: tuple[Grant, ...] = ()
+    """Capacity that was preempted for it: nobody else's until it starts or withdraws."""
+    kind: tuple[Any, ...] = field(init=False, repr=False, compare=False)
+    """Equivalence class: jobs of one kind are admitted or not for the same reasons."""
+
+    def __post_init__(self) -> None:
+        kind = (
+            self.account, self.band.value, self.workers_min, self.workers_max, self.cpu_milli, self.memory,
+            self.gpu_milli, self.gpu_memory, self.flavors, self.time_limit,
+        )  # fmt: skip
+        object.__setattr__(self, "kind", kind)
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
-    """What an admin may set. The full policy set (quotas, fair share, backfill, preemption) grows here."""
+class Window:
+    """Nodes that are not for everybody from `start` to `end` (ms): maintenance, or an admin's reservation.
 
-    version: str = "fifo-1"
-    bands: tuple[Band, ...] = (Band.CLINICAL, Band.RESEARCH, Band.OPPORTUNISTIC)
-    """Highest first."""
+    `accounts` (and those below them) may use them meanwhile; none for maintenance.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    start: int
+    end: int
+    accounts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +159,17 @@ class Snapshot:
     nodes: tuple[Node, ...]
     live: tuple[Reservation, ...]
     waiting: tuple[Waiting, ...]
+    usage: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """account → flavor → thousandth-seconds (MiB-seconds), decayed, each at its charge: see `fairshare`."""
+    drained: tuple[str, ...] = ()
+    """Nodes on which nothing new starts."""
+    frozen: tuple[str, ...] = ()
+    """Accounts of which (and below which) nothing new starts."""
+    windows: tuple[Window, ...] = ()
+    policy_since: int = 0
+    """When the policy came into force, ms: a lowered quota is drained `drain_after` later."""
+    seq: int = 0
+    """The newest event that this picture knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +180,60 @@ class Admission:
     version: int
     grants: tuple[Grant, ...]
     why: str
+    reason: str = "admitted"
+    """admitted, backfilled (passed a reserved job without delaying it), promised (got what was preempted for it)."""
+    passed: tuple[str, ...] = ()
+    """The reserved jobs that it passed."""
+    charge: int = 1000
+    """Thousandths at which its use counts for fairness: little where nobody else wanted it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    """Stop this live job with its checkpoint and queue it again. `for_job` is '' where a quota is drained."""
+
+    job_id: str
+    version: int
+    for_job: str
+    reason: str
+    """reclaimed, higher-band, opportunistic, quota-lowered."""
+    lost_ms: int = 0
+    """Worker-milliseconds of work since the last checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What preemptions free for a waiting job: its own until it starts or withdraws."""
+
+    job_id: str
+    version: int
+    grants: tuple[Grant, ...]
+    victims: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """Give a live elastic map job these grants instead of what it holds. `for_job` is '' where it grows."""
+
+    job_id: str
+    version: int
+    grants: tuple[Grant, ...]
+    for_job: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A reserved start on the timeline, at the latest `at` (ms), that backfill never delays."""
+
+    job_id: str
+    at: int
+    until: int
+    grants: tuple[Grant, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Why a job still waits: one leading code of `explain.SENTENCES`, and the jobs that are in its way."""
+    """Why a job still waits: one leading code of `explain.CODES`, and the jobs that are in its way."""
 
     job_id: str
     code: str
@@ -148,6 +248,10 @@ class Plan:
     policy: str
     admissions: tuple[Admission, ...] = ()
     waits: tuple[Wait, ...] = ()
+    preemptions: tuple[Preemption, ...] = ()
+    promises: tuple[Promise, ...] = ()
+    resizes: tuple[Resize, ...] = ()
+    starts: tuple[Start, ...] = ()
 
 
 def take(
