@@ -15,6 +15,8 @@ from pathlib import Path
 
 from benchmarks.harness import LeftOutError
 from permed_compute.errors import NotFoundError
+from permed_compute.execution import processes
+from permed_compute.execution.processes import SESSION_MARK, Process, ProcessTable
 from permed_compute.queue.mounts import filesystem
 from permed_compute.queue.server import connect
 from permed_compute.settings import Settings
@@ -44,7 +46,19 @@ def new_home(executor: str) -> Iterator[Settings]:
         try:
             yield settings
         finally:
+            end_ray_of(settings.paths.runtime)
             shutil.rmtree(settings.paths.runtime, ignore_errors=True)
+
+
+def end_ray_of(folder: Path) -> None:
+    """End every process of the Ray that bears the mark of this folder; `ray stop` would end everybody's."""
+
+    def left() -> list[Process]:
+        table = ProcessTable().look()
+        return [table.processes[pid] for pid, value in table.marked(SESSION_MARK).items() if value == str(folder)]
+
+    if not processes.kill_all(left, timeout_s=20.0):
+        raise RuntimeError(f"Processes of the Ray of {folder} cannot be ended.")
 
 
 def permed(settings: Settings, *arguments: str) -> tuple[list[str], dict[str, str]]:
