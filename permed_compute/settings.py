@@ -69,9 +69,11 @@ def resolve(flags: Mapping[str, Any] | None = None, env: Mapping[str, str] | Non
     named = {
         name: layer[name] for layer in (from_home, from_env, given) for name in ("preset", "site") if name in layer
     }
+    of_site = site(named["site"]) if named.get("site") else {}
+    base = named.get("preset") or of_site.get("preset") or "cpu"
     layers: list[tuple[str, Mapping[str, Any]]] = [
-        (f"preset {named.get('preset', 'cpu')}", preset(named.get("preset", "cpu"))),
-        (f"site {named.get('site', '')}", site(named["site"]) if named.get("site") else {}),
+        (f"preset {base}", preset(base)),
+        (f"site {named.get('site', '')}", of_site),
         ("settings.yaml in the home", from_home),
         ("environment", from_env),
         ("flag", given),

@@ -301,6 +301,10 @@ class Controller:
             to = JobState.HELD if job.reason == "interrupted" else JobState.QUEUED
             self._move(job, to, job.reason, detail=_without_grants(job))
             return True
+        why = (read_json(attempt.paths.stop) or {}).get("reason")
+        if why != "time-limit":  # its executor was closed under it: it goes on where it stopped
+            self._move(job, JobState.QUEUED, "executor-closed", detail=_without_grants(job))
+            return True
         return self._end_job(job, attempt, JobState.TIMED_OUT, "time-limit", None)
 
     # ------------------------------------------------------------------------------------- end

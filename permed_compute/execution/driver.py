@@ -179,7 +179,7 @@ class _Drive:
         for part in parts:
             key = part_key(
                 inputs=part.inputs, params=part.params, model=model, workload=self.attempt.spec.workload,
-                version=found.version, variant="eager-float32",
+                version=found.version, variant="eager-float32", seed=self.attempt.spec.seed,
             )  # fmt: skip
             keys[part.name] = key
             entry = ledger.find(key)

@@ -18,7 +18,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from permed_compute import __version__
 from permed_compute.execution.context import check_fence
 from permed_compute.execution.port import Attempt
 from permed_compute.execution.worker import Row, result_row, usage
@@ -73,7 +72,7 @@ def publish(
 
 def _sentence(parts: list[Row], bad: list[Row]) -> str:
     if not bad:
-        return f"{len(parts)} parts done." if parts else "Done."
+        return f"{len(parts)} part{'s' if len(parts) > 1 else ''} done." if parts else "Done."
     first = bad[0]
     return f"{len(bad)} of {len(parts)} parts have no result; first {first['name']}: {first.get('reason', '')}"
 
@@ -112,7 +111,7 @@ def _manifest(
         "spec": spec.model_dump(mode="json"),
         "spec_digest": spec.digest(),
         "workload": {"name": spec.workload, "version": version, "model_digest": model_digest, "code": code_digest},
-        "code": {"version": __version__, **code_state()},
+        "code": {"version": metadata.version("permed-compute"), **code_state()},
         "packages": packages(),
         "machine": machine(),
         "devices": devices,

@@ -14,6 +14,7 @@ import pwd
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ class Caller:
     pid: int
 
 
+_LAST_ANSWERS_S = 5.0
+
 Handler = Callable[[Caller, str, Mapping[str, Any]], Any]
 """(caller, name of the call, its arguments) → JSON-able answer. Raises `PermedError` for what the caller shall see."""
 
@@ -53,7 +56,7 @@ class Gateway:
     def __init__(self, path: Path, handler: Handler) -> None:
         self.path = path
         self._handler = handler
-        self._open: set[socket.socket] = set()
+        self._open: dict[socket.socket, threading.Thread] = {}
         self._lock = threading.Lock()
         self._closed = False
         self._listener = _listen(path)
@@ -61,24 +64,41 @@ class Gateway:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening, hang up on everybody, remove the socket. A call in progress is finished, not answered."""
+        """Remove the socket, answer whoever has reached us, then hang up: no caller is left without knowing.
+
+        Callers still being served after `_LAST_ANSWERS_S` are hung up on.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            open_now = list(self._open)
         self.path.unlink(missing_ok=True)
-        for each in (self._listener, *open_now):
+        self._listener.setblocking(False)  # takes what has connected, then ends the accepting thread
+        with contextlib.suppress(OSError):
+            self._wake()
+        self._thread.join(_LAST_ANSWERS_S)
+        with self._lock:
+            open_now = dict(self._open)
+        for connection in open_now:
             with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RD)  # what was sent before is still read and answered
+        end = time.monotonic() + _LAST_ANSWERS_S
+        for thread in open_now.values():
+            thread.join(max(0.0, end - time.monotonic()))
+        for connection in open_now:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self._thread.join()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _wake(self) -> None:
+        """End an `accept` that began before the listener stopped blocking."""
+        self._listener.shutdown(socket.SHUT_RD)
 
     def _accept(self) -> None:
         while True:
@@ -89,12 +109,11 @@ class Gateway:
                     return
                 log.exception("The gateway could not accept a connection.")
                 continue
+            connection.setblocking(True)
+            thread = threading.Thread(target=self._serve, args=(connection,), name="permed-call", daemon=True)
             with self._lock:
-                if self._closed:
-                    connection.close()
-                    return
-                self._open.add(connection)
-            threading.Thread(target=self._serve, args=(connection,), name="permed-call", daemon=True).start()
+                self._open[connection] = thread
+            thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
         try:
@@ -109,7 +128,7 @@ class Gateway:
             log.debug("A caller hung up.")
         finally:
             with self._lock:
-                self._open.discard(connection)
+                self._open.pop(connection, None)
 
     def _answer(self, caller: Caller, line: bytes) -> bytes:
         try:

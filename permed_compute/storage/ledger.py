@@ -3,10 +3,10 @@
     <home>/ledger/<scope>/<2 hex>/<key>/part.json + the part's files        finished, read-only
     <home>/ledger/<scope>/.new/<key>.<job>.<attempt>.<chance>/              being written
 
-A part's key is the SHA-256 of its inputs' digests, its parameters, the model's digest, the workload's output version
-and the precision variant; the scope (legal entity, account, purpose, data class) is the folder, so that nothing is
-ever shared across scopes. `rename` of a folder onto one that is not empty fails (POSIX), which is what makes a
-publication exactly-once without a lock, on NFS and Lustre too.
+A part's key is the SHA-256 of its inputs' digests, its parameters, the model's digest, the workload's output version,
+the precision variant and the seed; the scope (legal entity, account, purpose, data class) is the folder, so that
+nothing is ever shared across scopes. `rename` of a folder onto one that is not empty fails (POSIX), which is what
+makes a publication exactly-once without a lock, on NFS and Lustre too.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ RECORD = "part.json"
 
 
 def part_key(
-    *, inputs: tuple[str, ...], params: Mapping[str, Any], model: str, workload: str, version: str, variant: str
-) -> str:
+    *, inputs: tuple[str, ...], params: Mapping[str, Any], model: str, workload: str, version: str, variant: str,
+    seed: int,
+) -> str:  # fmt: skip
     """SHA-256 (hex) of everything that decides a part's output."""
     parts = {
         "inputs": list(inputs), "params": dict(params), "model": model, "workload": workload, "version": version,
-        "variant": variant,
+        "variant": variant, "seed": seed,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

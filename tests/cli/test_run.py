@@ -154,7 +154,6 @@ def test_a_run_whose_controller_is_killed_leads_itself(job_file: Path, home: Hom
     assert "SUCCEEDED" in out
 
 
-@pytest.mark.xfail(reason="the controller takes an attempt that its leaving executor stopped for one out of time")
 def test_two_runs_in_one_home_share_it(job_file: Path, home: HomePaths) -> None:
     """The first leads; when it is done, the second takes the lead and its job goes on."""
     run = [sys.executable, "-m", "permed_compute.cli", "run", str(job_file), "--set", "retries=2"]

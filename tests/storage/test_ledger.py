@@ -10,7 +10,15 @@ SCOPE = ("ous", "helse/crai", "research", "red")
 
 
 def key(**changes: object) -> str:
-    base = {"inputs": ("a",), "params": {"p": 1}, "model": "m", "workload": "w", "version": "1", "variant": "v"}
+    base = {
+        "inputs": ("a",),
+        "params": {"p": 1},
+        "model": "m",
+        "workload": "w",
+        "version": "1",
+        "variant": "v",
+        "seed": 0,
+    }
     return part_key(**{**base, **changes})
 
 
@@ -22,7 +30,7 @@ def publish(ledger: Ledger, name: str, text: str, writer: str = "job.1") -> bool
 
 def test_the_key_depends_on_everything_that_decides_the_output() -> None:
     changes = [{"inputs": ("b",)}, {"inputs": ("a", "a")}, {"params": {"p": 2}}, {"model": "n"}, {"workload": "x"},
-               {"version": "2"}, {"variant": "bf16"}]  # fmt: skip
+               {"version": "2"}, {"variant": "bf16"}, {"seed": 1}]  # fmt: skip
     assert len({key(), *(key(**change) for change in changes)}) == len(changes) + 1
     assert key(params={"a": 1, "b": 2}) == key(params={"b": 2, "a": 1})
 
