@@ -99,15 +99,11 @@ class LocalRay:
             raise EngineError("Processes of an earlier Ray of this home cannot be ended.", remedy="`permed doctor`.")
         self._make_private()
         output = self._runtime / "ray-start.log"
-        with output.open("wb") as log:
-            try:
-                done = subprocess.run(
-                    self._command(), env=self.environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                    cwd=self._runtime, start_new_session=True, timeout=_START_TIMEOUT_S, check=False,
-                )  # fmt: skip
-                code = done.returncode
-            except subprocess.TimeoutExpired:
-                code = -1
+        try:
+            code = self._run_start(output)
+        except BaseException:  # Ctrl-C above all: what has been started so far must not stay
+            self.stop()
+            raise
         session = self._started() if code == 0 else None
         if session is None:
             self.stop()
@@ -136,6 +132,16 @@ class LocalRay:
             name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PERMED_"))
         }  # fmt: skip
         return inherited | _ENVIRONMENT | {"RAY_AUTH_TOKEN_PATH": str(self.token), SESSION_MARK: str(self._runtime)}
+
+    def _run_start(self, output: Path) -> int:
+        with output.open("wb") as log:
+            try:
+                return subprocess.run(
+                    self._command(), env=self.environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                    cwd=self._runtime, start_new_session=True, timeout=_START_TIMEOUT_S, check=False,
+                ).returncode  # fmt: skip
+            except subprocess.TimeoutExpired:
+                return -1
 
     def _command(self) -> list[str]:
         # Port 0 everywhere: Ray takes free ones. No dashboard, autoscaler or log forwarding: nobody here asks them.

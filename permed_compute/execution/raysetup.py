@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     if plain and not any("$" in value for value in variables.values()):
         os.environ.update(variables)
         os.execv(python, [python, *worker])  # noqa: S606 - the raylet's own command line, without a shell
-    script = Path(worker[0]).with_name("setup_worker.py")
+    script = Path(next(a for a in worker if a.endswith(".py"))).with_name("setup_worker.py")
     os.execv(sys.executable, [sys.executable, str(script), *arguments])  # noqa: S606
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ DRIVER_MEMORY = 512
 
 
 class Watchdog:
-    """Watches one attempt from its driver's process, every `TICK_S`.
+    """Watches one attempt from its driver's process, every `TICK_S` seconds where that costs little.
 
     granted: MiB per slot. cores: where the attempt may run; empty = anywhere. `driver_over` is called, once, when
     the driver's own memory (plan, reduce) is what exceeds the attempt's.
@@ -91,11 +92,15 @@ class Watchdog:
             return processes.of_attempt(self._name, self._table.look())
 
     def _run(self) -> None:
-        while not self._stop.wait(TICK_S):
+        pause = TICK_S
+        while not self._stop.wait(pause):
+            began = time.thread_time()
             try:
                 self.look()
             except OSError as error:  # /proc changes while it is read
                 log.warning("watchdog of %s: %s", self._name, error)
+            # On a machine with thousands of processes a look is dear: never more than a twentieth of a core.
+            pause = max(TICK_S, 20 * (time.thread_time() - began))
 
     def _hold_to_memory(self, slot: str, found: list[Process]) -> int:
         granted = self._granted[int(slot)]
