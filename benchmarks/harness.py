@@ -17,10 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-import psutil
+from permed_compute.execution import processes
+from permed_compute.execution.processes import Process
 
 SCHEMA = 1
 REPEATS = 5
@@ -28,6 +30,12 @@ REPEATS = 5
 # inherits neither.
 _MARK = "BENCHMARK_RUN"
 _SAMPLE_S = 0.25
+_SETTLED_S = 5.0
+"""A process this old has long done its exec: if it is not ours now, it never will be."""
+_TICK = os.sysconf("SC_CLK_TCK")
+
+_Who = tuple[int, int]
+"""(pid, start time) names a process for good."""
 
 
 class LeftOutError(Exception):
@@ -192,24 +200,26 @@ def measured(measure: Callable[[], float]) -> Reading:
 class _Tree:
     """CPU seconds and peak memory of this process and all it started, between enter and exit.
 
-    A child that has ended is in its parent's account (`RUSAGE_CHILDREN`, `children_user`). A daemon that left the tree
-    (`ray start`) is found by a mark in its environment, and counted up to when it was last seen. Memory is the sum of
-    resident sets: pages that processes share count once for each of them.
+    A daemon that left the tree (`ray start`) is found by a mark in its environment. What an ended process used stands
+    in the account of a parent that waited for it; Ray's raylet does not wait for its workers, so the larger counts: the
+    parent's account of its children, or what was last seen of those that are gone. Memory is the sum of resident sets:
+    pages that processes share count once for each of them.
     """
 
     cpu_s = 0.0
     peak = 0
 
     def __init__(self) -> None:
-        self._ours: dict[int, psutil.Process | None] = {}
-        self._last: dict[int, float] = {}
-        self._orphans: set[int] = set()
+        self._seen: dict[_Who, Process] = {}
+        self._base: dict[_Who, Process] = {}
+        self._parent: dict[_Who, _Who | None] = {}
+        self._foreign: set[_Who] = set()
         self._stop = threading.Event()
 
     def __enter__(self) -> _Tree:
         os.environ.setdefault(_MARK, uuid.uuid4().hex)
-        self._sample()
-        self._base, self._own = dict(self._last), _own_cpu()
+        self._look()
+        self._base, self._own = dict(self._seen), _used()
         self._thread = threading.Thread(target=self._watch, name="bench-memory", daemon=True)
         self._thread.start()
         return self
@@ -217,50 +227,71 @@ class _Tree:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        alive = self._sample()
-        counted = [pid for pid in self._last if pid in alive or pid in self._orphans]
-        others = sum(self._last[pid] - self._base.get(pid, 0.0) for pid in counted)
-        self.cpu_s = _own_cpu() - self._own + others
+        alive = self._look()
+        own, children = (now - before for now, before in zip(_used(), self._own, strict=True))
+        roots = [who for who in self._seen if who != _me() and (who in alive or self._parent[who] is None)]
+        gone = sum(self._used_by(who, alive) for who in self._ended_below(_me(), alive))
+        self.cpu_s = own + max(children, gone) + sum(self._used_by(who, alive) for who in roots)
+
+    def _used_by(self, who: _Who, alive: set[_Who]) -> float:
+        """Seconds of the process, and of those below it that have ended."""
+        process, before = self._seen[who], self._base.get(who)
+        own, children = process.cpu_s, process.children_cpu_s
+        if before is not None:
+            own, children = own - before.cpu_s, children - before.children_cpu_s
+        return own + max(children, sum(self._used_by(child, alive) for child in self._ended_below(who, alive)))
+
+    def _ended_below(self, who: _Who, alive: set[_Who]) -> list[_Who]:
+        return [child for child, parent in self._parent.items() if parent == who and child not in alive]
 
     def _watch(self) -> None:
         while not self._stop.wait(_SAMPLE_S):
-            self._sample()
+            self._look()
 
-    def _sample(self) -> set[int]:
-        memory = psutil.Process().memory_info().rss
-        alive: set[int] = set()
-        pids = set(psutil.pids())
-        for pid in pids - {os.getpid()}:
-            process = self._process(pid)
-            if process is None:
+    def _look(self) -> set[_Who]:
+        """Look at all processes; returns ours that are alive."""
+        read = (processes.read(int(name)) for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208 - often
+        found = {process.pid: process for process in read if process is not None}
+        alive: set[_Who] = set()
+        # Parents first, as far as numbers tell: a child is ours where its parent is.
+        for process in sorted(found.values(), key=lambda process: process.started):
+            who = (process.pid, process.started)
+            if who in self._foreign:
                 continue
-            with suppress(psutil.Error), process.oneshot():
-                memory += process.memory_info().rss
-                self._last[pid] = sum(process.cpu_times()[:4])  # its own, and its children's that have ended
-                alive.add(pid)
-                parent = process.ppid()
-                if parent != os.getpid() and self._ours.get(parent) is None:
-                    self._orphans.add(pid)
-        for pid in self._ours.keys() - pids:
-            del self._ours[pid]  # the number may come again for another process
-        self.peak = max(self.peak, memory)
+            if who not in self._seen and not self._adopt(who, process, found.get(process.parent)):
+                continue
+            self._seen[who] = process
+            alive.add(who)
+        self.peak = max(self.peak, sum(self._seen[who].rss for who in alive))
         return alive
 
-    def _process(self, pid: int) -> psutil.Process | None:
-        """The process where it is ours, looked at once: reading every environment each time would disturb the run."""
-        if pid not in self._ours:
-            ours: psutil.Process | None = None
-            with suppress(psutil.Error, OSError):
-                process = psutil.Process(pid)
-                mine = any(parent.pid == os.getpid() for parent in process.parents())
-                if mine or process.environ().get(_MARK) == os.environ[_MARK]:
-                    ours = process
-            self._ours[pid] = ours
-        return self._ours[pid]
+    def _adopt(self, who: _Who, process: Process, parent: Process | None) -> bool:
+        above = (parent.pid, parent.started) if parent is not None else None
+        if who == _me() or above in self._seen:
+            self._parent[who] = above if who != _me() else None
+            return True
+        if _marked(process.pid):
+            self._parent[who] = None
+            return True
+        if time.clock_gettime(time.CLOCK_BOOTTIME) - process.started / _TICK > _SETTLED_S:
+            self._foreign.add(who)  # reading every environment each time would disturb the run
+        return False
 
 
-def _own_cpu() -> float:
-    return sum(
-        usage.ru_utime + usage.ru_stime
-        for usage in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
-    )
+def _marked(pid: int) -> bool:
+    try:
+        return f"{_MARK}={os.environ[_MARK]}".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+
+
+def _me() -> _Who:
+    process = processes.read(os.getpid())
+    assert process is not None
+    return process.pid, process.started
+
+
+def _used() -> tuple[float, float]:
+    """CPU seconds of this process, and of its children that it has waited for."""
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime, children.ru_utime + children.ru_stime

@@ -143,6 +143,19 @@ def test_a_daemon_that_left_the_tree_is_counted() -> None:
     assert reading.cpu_s >= 0.5
 
 
+def test_cpu_of_what_nobody_waited_for_is_counted_once() -> None:
+    """Ray's raylet ignores SIGCHLD: what its workers used is in nobody's account."""
+    parent = (
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "child = 'import time\\nwhile time.process_time() < 1.2: pass'\n"
+        "started = subprocess.Popen([sys.executable, '-c', child])\n"
+        "started.wait()\n"
+    )
+    reading = measured(lambda: float(subprocess.run([sys.executable, "-c", parent], check=True).returncode))
+    assert 0.6 <= reading.cpu_s <= 2.0
+
+
 def test_peak_memory_has_the_children_in_it() -> None:
     code = "import time; x = bytearray(200 << 20); time.sleep(0.8)"
     small = measured(lambda: 0.0)

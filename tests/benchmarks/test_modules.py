@@ -1,0 +1,47 @@
+"""Every benchmark that stands in the folder loads, names its goals, and runs in its quick form."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks/ is no installed package
+
+from benchmarks import harness
+from permed_compute.cli.bench import load_benchmarks
+
+MODULES = load_benchmarks(Path(__file__).resolve().parents[2] / "benchmarks", [])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_benchmark_says_what_it_is_for_and_has_ours_and_a_peer_in_each_group(name: str) -> None:
+    module = MODULES[name]
+    cases = module.cases(True)
+    assert module.TITLE
+    assert "Goal" in module.WHY
+    for group in {case.group for case in cases}:
+        members = [case for case in cases if case.group == group]
+        assert {case.peer for case in members} == {True, False}
+        assert len({case.name for case in members}) == len(members)
+        assert all(case.close is not None for case in members)
+
+
+def test_the_goals_are_those_that_were_promised() -> None:
+    limits = {case.limit for case in MODULES["submit"].cases(True) if case.limit}
+    assert limits == {500, 4000, 10_000}
+    assert [case.ratio for case in MODULES["overhead"].cases(True) if case.ratio] == [1.05]
+    assert {case.ratio for case in MODULES["latency"].cases(True) if case.group.startswith("warm")} == {None, 1.0}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_both_sides_of_the_overhead_compute_the_same() -> None:
+    pytest.importorskip("ray")
+    [report] = harness.run({"overhead": MODULES["overhead"]}, quick=True, repeats=1)["benchmarks"]
+    assert not report["error"]
+    [group] = report["groups"]
+    assert [case.get("error") for case in group["cases"]] == [None] * 3
+    assert all(case["median"] > 0 for case in group["cases"])
