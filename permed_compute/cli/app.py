@@ -15,6 +15,7 @@ from permed_compute.cli import (
     backup,
     catalog,
     controller,
+    convert,
     demo,
     doctor,
     gc,
@@ -24,6 +25,7 @@ from permed_compute.cli import (
     status,
     submit,
     validate,
+    verify,
 )  # fmt: skip
 from permed_compute.cli import (
     run as run_file,
@@ -45,7 +47,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (run_file, submit, jobs, status, logs, results, catalog, validate, doctor, demo, controller, backup, gc):
+for part in (
+    run_file, submit, jobs, status, logs, results, catalog, validate, doctor, demo, controller, backup, gc, convert,
+    verify,
+):  # fmt: skip
     part.add_to(app)
 app.add_typer(audit.app, name="audit")
 if find_spec("permed_compute.cli.bench") is not None:

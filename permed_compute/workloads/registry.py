@@ -15,6 +15,12 @@ from permed_compute.spec import JobSpec
 from permed_compute.workloads.port import Gang, Map, PartResult, Workload
 
 CATALOG = {
+    "omics/convert": "permed_compute.workloads.omics.convert:WORKLOAD",
+    "omics/frequency": "permed_compute.workloads.omics.frequency:WORKLOAD",
+    "omics/gwas": "permed_compute.workloads.omics.gwas:WORKLOAD",
+    "omics/prs": "permed_compute.workloads.omics.prs:WORKLOAD",
+    "omics/qc": "permed_compute.workloads.omics.qc:WORKLOAD",
+    "pathology/convert": "permed_compute.workloads.pathology.stores:WORKLOAD",
     "radiology/brain-extraction": "permed_compute.workloads.radiology.infer:WORKLOAD",
 }
 """The workloads that ship, by the name that a job file gives."""

@@ -1,0 +1,216 @@
+"""Sharded arrays of image tiles: Zarr v3 `sharding_indexed` (ZEP 2), written and read without decoding a tile.
+
+    <level>/zarr.json                 written last of the level's own files, so that its presence means a known layout
+    <level>/c/0/<row>/<column>        one shard: 8 × 8 tiles' bytes, then 64 (offset, length) uint64 and their CRC-32C
+
+A shard is published by rename, so one that exists is whole; its index is checked all the same where it is read.
+A shard of which every tile is absent has no file: readers see `fill_value`. Logical axes are (c, y, x), a stored
+tile's are (y, x, c).
+"""
+
+from __future__ import annotations
+
+import base64
+import mmap
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from permed_compute.errors import Finding, RefusedInput
+from permed_compute.paths import replacing
+
+SIDE = 8
+"""Tiles along an edge of a shard."""
+FILL = 255
+"""White: what brightfield shows where nothing was scanned."""
+_ABSENT = 2**64 - 1
+_INDEX = SIDE * SIDE * 16
+_OPEN_MOST = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One level: pixels, tile size, and how a tile's bytes decode.
+
+    coding `jpeg`: `tables` (abbreviated JPEG tables, or b'') and `rgb` (the stream holds RGB, not YCbCr).
+    coding `zstd`: raw (y, x, c) bytes, compressed.
+    """
+
+    width: int
+    height: int
+    tile_w: int
+    tile_h: int
+    coding: Literal["jpeg", "zstd"] = "jpeg"
+    tables: bytes = b""
+    rgb: bool = False
+
+    @property
+    def rows(self) -> int:
+        return -(-self.height // self.tile_h)
+
+    @property
+    def columns(self) -> int:
+        return -(-self.width // self.tile_w)
+
+    @property
+    def shard_rows(self) -> int:
+        return -(-self.rows // SIDE)
+
+    @property
+    def shard_columns(self) -> int:
+        return -(-self.columns // SIDE)
+
+    @property
+    def shards(self) -> list[tuple[int, int]]:
+        """(row, column) of every shard, in order."""
+        return [(row, column) for row in range(self.shard_rows) for column in range(self.shard_columns)]
+
+    def tiles_of(self, shard: tuple[int, int]) -> list[tuple[int, int] | None]:
+        """The 64 (row, column) of a shard's tiles in stored order; None beyond the level's edge."""
+        inside = [(shard[0] * SIDE + k // SIDE, shard[1] * SIDE + k % SIDE) for k in range(SIDE * SIDE)]
+        return [(r, c) if r < self.rows and c < self.columns else None for r, c in inside]
+
+    def as_zarr(self) -> dict[str, Any]:
+        """The level's `zarr.json`."""
+        if self.coding == "jpeg":
+            colours: dict[str, Any] = {"colorspace_data": "RGB"}
+            if self.rgb:
+                colours["colorspace_jpeg"] = "RGB"
+            if self.tables:
+                colours["tables"] = base64.b64encode(self.tables).decode()
+            inner: list[dict[str, Any]] = [{"name": "imagecodecs_jpeg", "configuration": colours}]
+        else:
+            inner = [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": 1, "checksum": False}}]
+        tile = [3, self.tile_h, self.tile_w]
+        sharding = {
+            "chunk_shape": tile,
+            "codecs": [{"name": "transpose", "configuration": {"order": [1, 2, 0]}}, *inner],
+            "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        return {
+            "zarr_format": 3, "node_type": "array", "shape": [3, self.height, self.width], "data_type": "uint8",
+            "chunk_grid": {"name": "regular",
+                           "configuration": {"chunk_shape": [3, self.tile_h * SIDE, self.tile_w * SIDE]}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": FILL, "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "dimension_names": ["c", "y", "x"], "attributes": {},
+        }  # fmt: skip
+
+    @classmethod
+    def of_zarr(cls, row: Mapping[str, Any]) -> Layout:
+        """The layout that `as_zarr` wrote. Raises `RefusedInput` (NOT_OUR_STORE) for any other array."""
+        try:
+            (sharding,) = (codec["configuration"] for codec in row["codecs"])
+            _, *inner = sharding["codecs"]
+            tile, name = sharding["chunk_shape"], inner[-1]["name"]
+            colours = inner[-1].get("configuration", {})
+            layout = cls(
+                row["shape"][2], row["shape"][1], tile[2], tile[1], "zstd" if name == "zstd" else "jpeg",
+                base64.b64decode(colours.get("tables", "")), colours.get("colorspace_jpeg") == "RGB",
+            )  # fmt: skip
+        except (KeyError, ValueError, TypeError, IndexError):
+            layout = None
+        if layout is None or layout.as_zarr()["codecs"] != row["codecs"]:
+            finding = Finding("NOT_OUR_STORE", "The array is not laid out as a slide store's level.", "refused")
+            raise RefusedInput(finding, remedy="Open it with zarr; `permed convert` makes stores that this reads.")
+        return layout
+
+
+def shard_file(level: Path, shard: tuple[int, int]) -> Path:
+    return level / "c" / "0" / str(shard[0]) / str(shard[1])
+
+
+def write_shard(path: Path, tiles: Sequence[bytes | memoryview | None]) -> int:
+    """Publish one shard from its 64 tiles in stored order; returns the bytes written (0: all absent, no file)."""
+    if not any(tile is not None for tile in tiles):
+        return 0
+    index = np.full((SIDE * SIDE, 2), _ABSENT, "<u8")
+    at = 0
+    for k, tile in enumerate(tiles):
+        if tile is not None:
+            index[k] = at, len(tile)
+            at += len(tile)
+    packed = index.tobytes()
+    with replacing(path) as temporary, temporary.open("wb", buffering=0) as file:
+        file.write(b"".join([*(tile for tile in tiles if tile is not None), packed, _crc(packed)]))
+    return at + len(packed) + 4
+
+
+def whole(path: Path) -> bool:
+    """Whether the file is a shard with a sound index that stays inside it."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _INDEX - 4))
+            _checked(file.read(), size)
+    except (OSError, RefusedInput):
+        return False
+    return True
+
+
+def _crc(packed: bytes) -> bytes:
+    import google_crc32c
+
+    return struct.pack("<I", google_crc32c.value(packed))
+
+
+def _checked(tail: bytes, size: int) -> np.ndarray:
+    """(64, 2) uint64 offsets and lengths. Raises `RefusedInput` (SHARD_DAMAGED)."""
+    packed, crc = tail[:-4], tail[-4:]
+    if len(packed) == _INDEX and _crc(packed) == crc:
+        index = np.frombuffer(packed, "<u8").reshape(-1, 2)
+        there = index[index[:, 0] != _ABSENT]
+        if not len(there) or int(there.sum(axis=1).max()) <= size - _INDEX - 4:
+            return index
+    raise RefusedInput(
+        Finding("SHARD_DAMAGED", "A shard's index does not agree with its checksum.", "refused", "", {"bytes": size}),
+        remedy="`permed verify` lists what is damaged; convert the slide again.",
+    )
+
+
+class ShardReader:
+    """Stored tiles of one level through memory maps. Threads may share it; at most 256 shards are mapped at a time."""
+
+    def __init__(self, level: Path, layout: Layout) -> None:
+        self._level, self.layout = level, layout
+        self._lock = threading.Lock()
+        self._open: OrderedDict[tuple[int, int], tuple[list[list[int]], memoryview] | None] = OrderedDict()
+
+    def tile(self, row: int, column: int) -> memoryview | None:
+        """The tile's bytes (a view into the map), or None where it is absent."""
+        shard = row // SIDE, column // SIDE
+        with self._lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                found = self._open[shard]
+            else:
+                found = self._open[shard] = self._map(shard_file(self._level, shard))
+                while len(self._open) > _OPEN_MOST:
+                    self._open.popitem(last=False)  # unmapped when the last view of it goes
+        if found is None:
+            return None
+        offset, length = found[0][row % SIDE * SIDE + column % SIDE]
+        return None if offset == _ABSENT else found[1][offset : offset + length]
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+
+    @staticmethod
+    def _map(path: Path) -> tuple[list[list[int]], memoryview] | None:
+        try:
+            with path.open("rb") as file:
+                mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except FileNotFoundError:
+            return None
+        except ValueError:  # an empty file cannot be mapped
+            mapped = memoryview(b"")
+        index = _checked(bytes(mapped[-_INDEX - 4 :]), len(mapped))
+        return index.tolist(), mapped
