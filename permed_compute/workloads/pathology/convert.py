@@ -5,7 +5,7 @@
     convert(slide, store, …) -> record      by shard, in parallel; what is there already is kept
 
 Origins of a level: `copied` (bit-exact), `decoded` (JPEG Q90 4:4:4 with its PSNR, or lossless zstd), `made` (means over
-2 × 2 pixels of the level before, JPEG Q90 4:4:4; decoded levels that are lossless stay lossless).
+2 × 2 pixels of the level before, JPEG Q95 4:4:4; lossless where the decoded levels are).
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class _Maker:
             from numcodecs.zstd import compress
 
             return bytes(compress(np.ascontiguousarray(pixels), 1))
-        return jpeg.encode(pixels)
+        return jpeg.encode(pixels, jpeg.QUALITY if decoded else jpeg.MADE)
 
     def _mean(self, row: int, column: int) -> np.ndarray | None:
         """A tile of twice the pixel size, from (up to) four of the level before."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 QUALITY = 90
+MADE = 95
+"""Of levels that are computed from others: Q90 upon a Q30 source leaves 32–36 dB, and features are read from them."""
 _SOI = b"\xff\xd8"
 _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 """APP14 with transform 0: the three components are RGB. Without it decoders take them for YCbCr."""
