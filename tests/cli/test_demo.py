@@ -66,7 +66,7 @@ def test_ctrl_c_leaves_nothing_running_and_a_job_to_resume(
     home: HomePaths, on_ray: dict[str, str], tmp_path: Path
 ) -> None:
     try:
-        sample.write_sample(tmp_path / "heads", studies=3, edge=96)
+        sample.write_sample(tmp_path / "heads", studies=2, edge=96)
     except NotFoundError as error:
         pytest.skip(error.message)
     run = [*PERMED, "run", "radiology/brain-extraction", "--input", str(tmp_path / "heads")]
