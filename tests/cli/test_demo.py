@@ -84,5 +84,5 @@ def test_ctrl_c_leaves_nothing_running_and_a_job_to_resume(
     done = subprocess.run([*PERMED, "resume", held, "--json"], env=on_ray, capture_output=True, text=True, timeout=280)
     assert done.returncode == Exit.OK, done.stderr
     counts = json.loads(done.stdout)["jobs"][0]["detail"]["counts"]
-    assert sum(counts.values()) == 3
+    assert sum(counts.values()) == 2
     assert of_this_home(home) == []
