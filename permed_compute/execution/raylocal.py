@@ -42,8 +42,9 @@ _ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
-    # A worker that is ended while it starts keeps its place among the starting for a minute: let there be places.
+    # A worker that is ended while it starts keeps its place among the starting until then (default: 60 s, 2 places).
     "RAY_worker_maximum_startup_concurrency": "64",
+    "RAY_worker_register_timeout_seconds": "30",
     "RAY_START_HOOK": "permed_compute.execution.raylocal.trim",
 }
 
