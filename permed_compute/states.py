@@ -44,13 +44,15 @@ _J = JobState
 
 ALLOWED: dict[JobState, frozenset[JobState]] = {
     _J.HELD: frozenset({_J.QUEUED, _J.CANCELLED}),
-    _J.QUEUED: frozenset({_J.RESERVED, _J.HELD, _J.CANCELLED, _J.FAILED}),
+    # A waiting job may be promised what is preempted for it, and an elastic one resized: noted without another state.
+    _J.QUEUED: frozenset({_J.QUEUED, _J.RESERVED, _J.HELD, _J.CANCELLED, _J.FAILED}),
     _J.RESERVED: frozenset({_J.LAUNCHING, _J.QUEUED, _J.HELD, _J.CANCELLED}),
     _J.LAUNCHING: frozenset(
         {_J.RUNNING, _J.QUEUED, _J.FAILED, _J.CANCELLING, _J.UNKNOWN, _J.PREEMPTING, _J.HELD, _J.SUCCEEDED, _J.PARTIAL}
     ),
     _J.RUNNING: frozenset(
         {
+            _J.RUNNING,
             _J.SUCCEEDED,
             _J.PARTIAL,
             _J.FAILED,

@@ -1,215 +1,606 @@
 """`decide(snapshot, policy, now) -> Plan`: pure, deterministic, integers only; no I/O, no clock, no randomness.
 
-The numbered steps are the design document; quotas, fair share, backfill and preemption take their places among them.
+The numbered steps are the design document. Steps 5 to 7 are taken job by job, in the order of step 4: whoever does
+not fit may preempt where policy allows, else gets a reserved start while there are any, before the next one is asked.
+
+The cost follows what can change, not what waits: jobs of one kind stand in one group, one failed representative parks
+its like (a group may delay, never admit), and within a decision free capacity only shrinks, so that a need that found
+no room is not asked again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from typing import Any
 
+from permed_compute.admission.fairshare import FairQueue, Group, Kind, Levels, grouped, levels
+from permed_compute.admission.placement import Cluster, Need, held_until
+from permed_compute.admission.policy import CPU, Policy
+from permed_compute.admission.preemption import Room, Victim, draining, make_room
+from permed_compute.admission.quota import Tree, in_force, wanted_by
 from permed_compute.admission.snapshot import (
     ANY_GPU,
-    CPU,
+    NEVER,
     Admission,
     Grant,
-    Node,
     Plan,
-    Policy,
+    Preemption,
+    Promise,
     Reservation,
+    Resize,
     Snapshot,
+    Start,
     Wait,
     Waiting,
+    used_by,
 )
 from permed_compute.states import ENDED, JobState
 
+_BLOCKERS = 8
+"""A reason names at most so many jobs."""
+_PREEMPTORS = 4
+"""So many jobs may look for victims in one decision, each among all that runs; the next decision follows at once."""
 
-@dataclass(slots=True)
-class _Free:
-    """What is left of one node. `gpus`: thousandths left, by device index."""
 
-    node: Node
-    cpu: int
-    memory: int
-    gpus: dict[int, int]
+@dataclass(frozen=True, slots=True)
+class _Reason:
+    """Why a kind cannot start now."""
 
-    @classmethod
-    def whole(cls, node: Node) -> _Free:
-        return cls(node, node.cpu_milli, node.memory, {gpu.index: 1000 for gpu in node.gpus})
-
-    def take(self, grant: Grant) -> None:
-        self.cpu -= grant.cpu_milli
-        self.memory -= grant.memory
-        for index in grant.devices:
-            self.gpus[index] -= min(1000, grant.gpu_milli)
-
-    def grants(self, job: Waiting, flavor: str) -> list[Grant]:
-        """As many of the job's workers as fit into what is left; a share of a GPU goes to the fullest that has room."""
-        gpus = dict(self.gpus)
-        room = min(self.cpu // job.cpu_milli, self.memory // job.memory if job.memory else job.workers_max)
-        grants: list[Grant] = []
-        while len(grants) < min(room, job.workers_max):
-            devices = () if flavor == CPU else self._devices(job, flavor, gpus)
-            if devices is None:
-                break
-            for index in devices:
-                gpus[index] -= min(1000, job.gpu_milli)
-            gpu_milli = 0 if flavor == CPU else job.gpu_milli
-            grants.append(Grant(self.node.name, job.cpu_milli, job.memory, gpu_milli, flavor, devices))
-        return grants
-
-    def _devices(self, job: Waiting, flavor: str, gpus: dict[int, int]) -> tuple[int, ...] | None:
-        each, count = min(1000, job.gpu_milli), max(1, job.gpu_milli // 1000)
-        fitting = [
-            gpu.index
-            for gpu in self.node.gpus
-            if gpu.flavor == flavor and gpu.memory >= job.gpu_memory and gpus[gpu.index] >= each
-        ]
-        fitting.sort(key=lambda index: (gpus[index], index))
-        return tuple(fitting[:count]) if len(fitting) >= count else None
+    code: str
+    blockers: tuple[str, ...] = ()
+    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 def decide(snapshot: Snapshot, policy: Policy, now: int) -> Plan:
-    """Which queued jobs start now and where, and one reason for each that does not.
+    """Which queued jobs start now and where, which live ones give way, and one reason for each that still waits.
 
     `now` is ms since 1970 UTC. A job gets `workers_min` together or nothing; further workers up to `workers_max` go
-    where they fit. A job that does not fit keeps everything of its kind behind it waiting (no overtaking within the
-    nodes it could use) until backfill with reservations allows better.
+    where they fit and the quota allows.
     """
-    # 1. Validity and holds: dependencies and back-off.
-    waits: dict[str, Wait] = {}
-    ready: list[Waiting] = []
-    for job in snapshot.waiting:
-        hold = _hold(job, now)
-        if hold:
-            waits[job.job_id] = hold
+    return _Decision(snapshot, policy, now).run()
+
+
+class _Decision:
+    def __init__(self, snapshot: Snapshot, policy: Policy, now: int) -> None:
+        self.snapshot, self.policy, self.now = snapshot, policy, now
+        self.waits: dict[str, Wait] = {}
+        self.admissions: list[Admission] = []
+        self.preemptions: list[Preemption] = []
+        self.promises: list[Promise] = []
+        self.resizes: list[Resize] = []
+        self.starts: list[Start] = []
+        self.full: dict[str, list[Need]] = {}
+        """By flavor, needs that found no room even where no reservation stood in the way."""
+        self.short: dict[tuple[str, str], tuple[int, _Reason]] = {}
+        """(account, flavor) → the least amount that its quota did not allow, and why."""
+        self.holding: dict[str, tuple[str, ...]] = {}
+        self.figures: dict[Need, dict[str, Any]] = {}
+        self.given_up: set[str] = set()
+        """Live jobs that this decision stops or shrinks."""
+        self.tries = _PREEMPTORS
+        """Attempts to preempt that are left: each looks at everything that runs."""
+        self.using: dict[tuple[int, str], list[str]] = {}
+        """Live jobs by (account and those above it, flavor)."""
+        self.just_used: dict[tuple[int, str], list[str]] = {}
+        """The same of what this decision starts."""
+        self.behind: dict[tuple[str, str], tuple[str, int]] = {}
+        """(account, flavor) → the job that waits for the account's own quota, and when it will have it."""
+
+    def run(self) -> Plan:
+        snapshot, policy, now = self.snapshot, self.policy, self.now
+        # 1. Validity and holds: dependencies, back-off, frozen and unknown accounts.
+        ready = self._ready()
+
+        # 2. What is reserved and what is free: derived from live reservations and promises alone.
+        self.tree = Tree(policy, now)
+        self.cluster = Cluster(snapshot.nodes, snapshot.drained, snapshot.windows)
+        for job in snapshot.live:
+            self.cluster.hold(job.grants, held_until(job, now))
+            self.tree.add(job.account, job.uses)
+        self.holders = sorted(snapshot.live, key=lambda job: (job.ends_by, job.job_id))
+        ready = self._promised(ready)
+
+        # 3. Reclaim: what a lowered quota no longer covers, once the stated delay is over.
+        self._drain_quotas()
+
+        # 4. Order: priority band, then slack (clinical), fair share, submission.
+        shares = levels(policy, self.tree, snapshot.usage, snapshot.live, now)
+        groups = grouped(ready, now)
+        self.elders = self._elders(groups.values())
+        for band in policy.bands:
+            self._band([group for group in groups.values() if group.band is band], shares)
+        for group in groups.values():
+            for job in group.passed_over:
+                self._wait(job, group.reason)
+
+        # 8. Reasons for all that still wait, in order of submission; what nobody else wanted is charged little.
+        if policy.grows:
+            self._grow()
+        place = {job.job_id: n for n, job in enumerate(snapshot.waiting)}
+        waits = sorted(self.waits.values(), key=lambda wait: place[wait.job_id])
+        return Plan(
+            policy.version, tuple(self._charged()), tuple(waits), tuple(self.preemptions), tuple(self.promises),
+            tuple(self.resizes), tuple(self.starts),
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------- 1
+
+    def _ready(self) -> list[Waiting]:
+        closed: dict[str, _Reason | None] = {}
+        ready: list[Waiting] = []
+        now = self.now
+        for job in self.snapshot.waiting:
+            if job.account not in closed:
+                closed[job.account] = self._closed(job.account)
+            reason = closed[job.account]
+            if job.dependencies or job.not_before > now:
+                reason = _hold(job, now) or reason
+            if reason is None:
+                ready.append(job)
+            else:
+                self._wait(job, reason)
+        return ready
+
+    def _closed(self, name: str) -> _Reason | None:
+        """Why nothing of this account may start."""
+        path = self.policy.path(name)
+        if self.policy.accounts and not path:
+            return _Reason("unknown-account", (), {"account": name})
+        for account in path:
+            if not in_force(account, self.now):
+                return _Reason("account-not-in-force", (), {
+                    "account": account.name, "from": account.effective_from, "until": account.effective_until,
+                })  # fmt: skip
+        for frozen in self.snapshot.frozen:
+            if name == frozen or name.startswith(frozen + "/") or any(a.name == frozen for a in path):
+                return _Reason("frozen", (), {"account": frozen})
+        return None
+
+    # ------------------------------------------------------------------------------------- 2
+
+    def _promised(self, ready: list[Waiting]) -> list[Waiting]:
+        """Start who has capacity promised to it and free; keep the others' promises from everybody else."""
+        rest, promised = [], []
+        for job in ready:
+            kept = job.promised and all(grant.node in self.cluster.rooms for grant in job.promised)
+            (promised if kept else rest).append(job)
+        for job in promised:
+            free = all(self._is_free(job, grant) for grant in job.promised)
+            until = self.now + job.time_limit * 1000 + self.snapshot.grace_ms
+            self.cluster.hold(job.promised, until)
+            self.tree.add(job.account, used_by(job.promised))
+            if free and not self._stands_in_the_way(job):
+                why = self._why(Need.of(job), job.promised[0].flavor)
+                self.admissions.append(Admission(job.job_id, job.version, job.promised, why, "promised"))
+            else:
+                nodes = {grant.node for grant in job.promised}
+                going = tuple(h.job_id for h in self.holders if any(grant.node in nodes for grant in h.grants))
+                self._wait(job, _Reason("preempting", going[:_BLOCKERS]))
+        return rest
+
+    def _is_free(self, job: Waiting, grant: Grant) -> bool:
+        room = self.cluster.rooms[grant.node]
+        same = [other for other in job.promised if other.node == grant.node]
+        if sum(g.cpu_milli for g in same) > room.cpu or sum(g.memory for g in same) > room.memory:
+            return False
+        free = {gpu.index: left for gpu, left in zip(room.node.gpus, room.gpus, strict=True)}
+        for other in same:
+            for index in other.devices:
+                free[index] = free.get(index, 0) - min(1000, other.gpu_milli)
+        return all(left >= 0 for index, left in free.items() if any(index in g.devices for g in same))
+
+    def _stands_in_the_way(self, job: Waiting) -> bool:
+        """Drained and closed nodes take nothing new, not even what was promised."""
+        until = self.now + job.time_limit * 1000
+        rooms = [self.cluster.rooms[grant.node] for grant in job.promised]
+        return any(room.closed or room.shut(job.account, self.now, until) for room in rooms)
+
+    # ------------------------------------------------------------------------------------- 3
+
+    def _drain_quotas(self) -> None:
+        if not self.snapshot.policy_since or self.now < self.snapshot.policy_since + 1000 * self.policy.drain_after:
+            return
+        for job, lost in draining(self.snapshot.live, self.tree, self.policy, self.now):
+            self.preemptions.append(Preemption(job.job_id, job.version, "", "quota-lowered", lost))
+            self._going(job)
+
+    def _going(self, job: Reservation) -> None:
+        """It holds what it holds until its grace is over."""
+        self.given_up.add(job.job_id)
+        self.cluster.hold(job.grants, held_until(job, self.now), -1)
+        self.cluster.hold(job.grants, self.now + self.snapshot.grace_ms)
+
+    # ------------------------------------------------------------------------------------- 5, 6, 7
+
+    def _band(self, groups: list[Group], shares: Levels) -> None:
+        """One band in fair order; once no reserved start is left, only those that could start are asked."""
+        queue = FairQueue(groups, self.tree, shares, self.now)
+        while self._may_reserve() and (group := queue.top()) is not None:
+            self._next(group, queue, shares)
+        rest = [group for group in groups if group.next < len(group.jobs)]
+        able = [group for group in rest if self._could(group)]
+        queue = FairQueue(able, self.tree, shares, self.now)
+        while (group := queue.top()) is not None:
+            self._next(group, queue, shares)
+
+    def _may_reserve(self) -> bool:
+        return len(self.starts) < self.policy.backfill_depth
+
+    def _elders(self, groups: Iterable[Group]) -> set[Kind]:
+        """The kinds of each account's oldest job that has waited long enough for a reserved start of its own."""
+        oldest: dict[str, Waiting] = {}
+        for group in groups:
+            job = group.jobs[0]
+            if job.account not in oldest or job.seq < oldest[job.account].seq:
+                oldest[job.account] = job
+        old = [job for job in oldest.values() if self.now - job.submitted_at >= 1000 * self.policy.ageing]
+        old.sort(key=lambda job: job.seq)
+        return {job.kind for job in old[: self.policy.backfill_depth]}
+
+    def _could(self, group: Group) -> bool:
+        """A quick look whether the head of a group could start now; parks the group where it could not."""
+        if group.kind in self.elders:
+            return True
+        job, need = group.jobs[group.next], Need._make(group.kind[2])
+        outcome: _Reason | None = None
+        for flavor in self.cluster.meanings(need):
+            if not self.cluster.capable(need, flavor):
+                continue
+            short = self._short_of_quota(job.account, need, flavor) if self.tree.names else None
+            if short is None:
+                if not self._is_full(need, flavor):
+                    return True
+                short = _Reason("capacity", self._capacity_holders(flavor), self._needs(need))
+            outcome = short
+        self._park(group, outcome or self._never(need))
+        return False
+
+    def _is_full(self, need: Need, flavor: str) -> bool:
+        """Has a need found no room that was no more than this one? Free capacity only shrinks in a decision."""
+        for failed in self.full.get(flavor, ()):
+            if (
+                failed.workers_min <= need.workers_min and failed.cpu <= need.cpu and failed.memory <= need.memory
+                and (flavor == CPU or _no_easier(need, failed))
+            ):  # fmt: skip
+                return True
+        return False
+
+    def _short_of_quota(self, account: str, need: Need, flavor: str) -> _Reason | None:
+        """Why the quota does not allow the least workers now, or None."""
+        wanted = wanted_by(need, flavor, need.workers_min)
+        for name, amount in wanted.items():
+            if not amount or name not in self.tree.flavors:
+                continue
+            known = self.short.get((account, name))
+            if known is not None and amount >= known[0]:
+                return known[1]
+            if self.tree.flavors[name].available(self.tree.number[account]) < amount:
+                code = "quota" if self.tree.ever(account, {name: amount}) else "never-quota"
+                blockers = self._quota_holders(account, name) if code == "quota" else ()
+                numbers = {"wants": amount, **self.tree.limit_of(account, name)}
+                reason = _Reason(code, blockers, numbers)
+                if code == "quota":
+                    self.short[account, name] = (amount, reason)
+                return reason
+        return None
+
+    def _next(self, group: Group, queue: FairQueue, shares: Levels) -> None:
+        """Deal with the job whose turn it is."""
+        job = group.jobs[group.next]
+        need = Need.of(job)
+        # 5. Admit what fits.
+        outcome = self._admit(job, need)
+        if isinstance(outcome, Admission):
+            self.admissions.append(outcome)
+            group.next += 1
+            self._started(job, outcome.grants, shares)
+            queue.again()
+            return
+        # 7. Preempt where policy allows; what is freed belongs to the preemptor.
+        room = self._preempt(job, need) if outcome.code in ("capacity", "quota", "behind") else None
+        if room is not None:
+            self._promise(job, room)
+            group.next += 1
+            self._started(job, room.grants, shares)
+            queue.again()
+            return
+        # 6. A reserved start for the first K that wait for room, and for the oldest beyond them.
+        if outcome.code in ("capacity", "behind") and self._reserve(job, need, outcome):
+            group.next += 1
+            self._penalize(job, need, shares)
+            queue.again()
+        elif outcome.numbers.get("shorter"):
+            # Backfill may still take its like with a shorter time limit.
+            group.most, group.reason = job.time_limit, outcome
+            queue.again()
         else:
-            ready.append(job)
+            self._park(group, outcome)
+            queue.drop()
 
-    # 2. What is reserved and what is free now: derived from the live reservations alone.
-    free = _free(snapshot.nodes, snapshot.live)
+    def _admit(self, job: Waiting, need: Need) -> Admission | _Reason:
+        now, account = self.now, job.account
+        until = now + job.time_limit * 1000 + self.snapshot.grace_ms
+        short: _Reason | None = None
+        for flavor in self.cluster.meanings(need):
+            if not self.cluster.capable(need, flavor):
+                continue
+            most = need.workers_max
+            if self.tree.names:
+                outcome = self._short_of_quota(account, need, flavor)
+                if outcome is not None:
+                    short = outcome if short is None or outcome.code == "quota" else short
+                    if outcome.code == "quota":
+                        self._quota_shadow(job, need, flavor, str(outcome.numbers["flavor"]))
+                    continue
+                per_worker = wanted_by(need, flavor)
+                ahead = self._behind_own(job, per_worker, until)
+                if ahead:
+                    short = _Reason("behind", (ahead,), {"what": "quota", "shorter": True})
+                    continue
+                if most > 1:
+                    most, _ = self.tree.workers(account, per_worker, most)
+            placed = self._find(job, need, flavor, most, until)
+            if isinstance(placed, tuple):
+                return self._admission(job, need, flavor, placed)
+            short = placed
+        return short or self._never(need)
 
-    # 4. Order: priority band, then submission. (3, reclaim, comes with quotas.)
-    rank = {band: place for place, band in enumerate(policy.bands)}
-    ready.sort(key=lambda job: (rank[job.band], job.seq))
+    def _find(
+        self, job: Waiting, need: Need, flavor: str, most: int, until: int
+    ) -> tuple[Grant, ...] | _Reason:  # fmt: skip
+        """Grants, or why there are none of this flavor."""
+        account = job.account
+        if not self._is_full(need, flavor):
+            placed = self.cluster.place(need, flavor, most, account, self.now, until)
+            if placed:
+                return placed
+            bare = not (self.cluster.planned or self.snapshot.windows)
+            if not bare and self.cluster.place(need, flavor, most, account, self.now, until, beside=False):
+                return self._beside()
+            self.full.setdefault(flavor, []).append(need)
+        return _Reason("capacity", self._capacity_holders(flavor), self._needs(need))
 
-    # 5. Admit what fits; the first of a flavor list that can be had now, else wait for any of them.
-    admissions: list[Admission] = []
-    head_of: dict[str, str] = {}
-    for job in ready:
-        usable = _usable(job, snapshot.nodes)
-        if not usable:
-            waits[job.job_id] = _never(job, snapshot.nodes)
-            continue
-        # 6. Behind a job that waits for the same nodes nobody passes (strict order; backfill replaces this).
-        ahead = next((head_of[name] for name in _node_names(usable) if name in head_of), None)
-        placed = None if ahead else _place(job, usable, free)
-        if placed is None:
-            waits[job.job_id] = _wait(job, ahead, usable, snapshot.live, admissions)
-            for name in _node_names(usable):
-                head_of.setdefault(name, job.job_id)
-            continue
-        for grant in placed:
-            free[grant.node].take(grant)
-        admissions.append(Admission(job.job_id, job.version, placed, _why(job, placed[0].flavor, snapshot.nodes)))
+    def _beside(self) -> _Reason:
+        """It fits but for a reserved start that it would delay, or a window."""
+        windows = sorted({w.name for room in self.cluster.rooms.values() for w in room.windows})
+        starts = tuple(dict.fromkeys(claim.job_id for claim in self.cluster.planned))
+        if windows and not starts:
+            ends = min(w.end for w in self.snapshot.windows)
+            return _Reason("window", (), {"windows": windows, "ends": ends, "shorter": True})
+        return _Reason("behind", starts[:_BLOCKERS], {"what": "nodes", "shorter": True})
 
-    # 8. Reasons for all that still wait, in the order they were looked at. (7, preemption, comes with quotas.)
-    order = {job.job_id: place for place, job in enumerate(snapshot.waiting)}
-    return Plan(policy.version, tuple(admissions), tuple(sorted(waits.values(), key=lambda w: order[w.job_id])))
+    def _admission(self, job: Waiting, need: Need, flavor: str, grants: tuple[Grant, ...]) -> Admission:
+        nodes = {grant.node for grant in grants}
+        passed = tuple(dict.fromkeys(claim.job_id for claim in self.cluster.planned if claim.grant.node in nodes))
+        reason = "backfilled" if passed else "admitted"
+        return Admission(job.job_id, job.version, grants, self._why(need, flavor), reason, passed)
+
+    def _started(self, job: Waiting, grants: tuple[Grant, ...], shares: Levels) -> None:
+        until = self.now + job.time_limit * 1000 + self.snapshot.grace_ms
+        amounts = used_by(grants)
+        self.cluster.hold(grants, until)
+        self.tree.add(job.account, amounts)
+        for above in self.tree.path(self.tree.number.get(job.account, -1)):
+            for name in amounts:
+                self.just_used.setdefault((above, name), []).append(job.job_id)
+        shares.add(job.account, shares.penalty(amounts, self.policy.entry_penalty))
+
+    def _penalize(self, job: Waiting, need: Need, shares: Levels) -> None:
+        """A reserved start counts like a start, so that one account does not take all of them."""
+        flavors = self.cluster.meanings(need)
+        amounts = wanted_by(need, flavors[0], need.workers_min)
+        shares.add(job.account, shares.penalty(amounts, self.policy.entry_penalty))
+
+    # ------------------------------------------------------------------------------------- quota
+
+    def _quota_shadow(self, job: Waiting, need: Need, flavor: str, limiting: str) -> None:
+        """The first of an account that waits for quota keeps those behind it from taking what will free for it."""
+        key = (job.account, limiting)
+        if key in self.behind:
+            return
+        amount = wanted_by(need, flavor, need.workers_min)[limiting]
+        figures, place = self.tree.flavors[limiting], self.tree.number[job.account]
+        short = amount - figures.available(place)
+        self.behind[key] = (job.job_id, NEVER)
+        for held in self.holders:
+            if held.account == job.account:
+                short -= held.uses.get(limiting, 0)
+                if short <= 0:
+                    self.behind[key] = (job.job_id, held_until(held, self.now))
+                    return
+
+    def _behind_own(self, job: Waiting, per_worker: dict[str, int], until: int) -> str:
+        """The job of the same account that waits for quota and would wait longer if this one started."""
+        for flavor, amount in per_worker.items():
+            ahead = self.behind.get((job.account, flavor)) if amount else None
+            if ahead is not None and until > ahead[1]:
+                return ahead[0]
+        return ""
+
+    def _quota_holders(self, account: str, flavor: str) -> tuple[str, ...]:
+        """Who uses what the account waits for: all in the branch whose limit it is, soonest end first."""
+        place = self.tree.number[str(self.tree.limit_of(account, flavor)["account"])]
+        if not self.using:
+            for held in self.holders:
+                for above in self.tree.path(self.tree.number.get(held.account, -1)):
+                    for name in held.uses:
+                        self.using.setdefault((above, name), []).append(held.job_id)
+        found = self.using.get((place, flavor), [])[:_BLOCKERS]
+        return tuple(found) or tuple(self.just_used.get((place, flavor), ())[:_BLOCKERS])
+
+    # ------------------------------------------------------------------------------------- 7
+
+    def _preempt(self, job: Waiting, need: Need) -> Room | None:
+        if not self.policy.accounts or self.tries <= 0:
+            return None
+        self.tries -= 1
+        live = [held for held in self.snapshot.live if held.job_id not in self.given_up]
+        return make_room(job, need, live, self.cluster, self.tree, self.policy, self.now, self.snapshot.grace_ms)
+
+    def _promise(self, job: Waiting, room: Room) -> None:
+        for victim in room.victims:
+            self._evict(victim, job)
+        going = tuple(victim.job.job_id for victim in room.victims)
+        self.promises.append(Promise(job.job_id, job.version, room.grants, going))
+        self._wait(job, _Reason("preempting", going[:_BLOCKERS]))
+
+    def _evict(self, victim: Victim, job: Waiting) -> None:
+        held = victim.job
+        if victim.keeps:
+            self.given_up.add(held.job_id)
+            kept = held.grants[: victim.keeps]
+            self.resizes.append(Resize(held.job_id, held.version, kept, job.job_id))
+            self.cluster.hold(victim.grants, held_until(held, self.now), -1)
+            self.cluster.hold(victim.grants, self.now + self.snapshot.grace_ms)
+        else:
+            self.preemptions.append(
+                Preemption(held.job_id, held.version, job.job_id, victim.reason, victim.lost_ms)
+            )  # fmt: skip
+            self._going(held)
+
+    # ------------------------------------------------------------------------------------- 6
+
+    def _reserve(self, job: Waiting, need: Need, outcome: _Reason) -> bool:
+        """A reserved start: the earliest at which the job fits beside all that were reserved before it."""
+        beyond = not self._may_reserve()
+        if beyond:
+            if job.kind not in self.elders:
+                return False
+            self.elders.discard(job.kind)
+        length = job.time_limit * 1000 + self.snapshot.grace_ms
+        best: tuple[int, tuple[Grant, ...]] | None = None
+        for flavor in self.cluster.meanings(need):
+            found = self.cluster.earliest(need, flavor, need.workers_max, job.account, self.now, length)
+            if found is not None and (best is None or found[0] < best[0]):
+                best = found
+        if best is None:
+            return False
+        at, grants = best
+        self.cluster.claim(job.job_id, grants, at, at + length)
+        self.starts.append(Start(job.job_id, at, at + length, grants))
+        nodes = {grant.node for grant in grants}
+        before = [h.job_id for h in self.holders if h.ends_by <= at and any(g.node in nodes for g in h.grants)]
+        blockers = (tuple(before[-_BLOCKERS:]) if outcome.code == "capacity" else ()) or outcome.blockers
+        self._wait(job, replace(outcome, blockers=blockers, numbers={**outcome.numbers, "starts_by": at}))
+        return True
+
+    def _grow(self) -> None:
+        """Running elastic jobs take what nobody waits for."""
+        wanted = self._wanted()
+        for held in self.snapshot.live:
+            more = held.workers_max - len(held.grants)
+            if not held.stoppable or more <= 0 or not held.grants or held.job_id in self.given_up:
+                continue
+            each = held.grants[0]
+            if {CPU if not each.gpu_milli else each.flavor} & wanted:
+                continue
+            need = Need(1, more, each.cpu_milli, each.memory, each.gpu_milli, 0, (each.flavor,))
+            most = more
+            if held.account in self.tree.number:
+                most, _ = self.tree.workers(held.account, wanted_by(need, each.flavor), more)
+            placed = self.cluster.place(need, each.flavor, most, held.account, self.now, held.ends_by) if most else None
+            if placed:
+                self.cluster.hold(placed, held.ends_by)
+                self.tree.add(held.account, used_by(placed))
+                self.resizes.append(Resize(held.job_id, held.version, (*held.grants, *placed)))
+
+    # ------------------------------------------------------------------------------------- 8
+
+    def _wait(self, job: Waiting, reason: _Reason) -> None:
+        self.waits[job.job_id] = Wait(job.job_id, reason.code, reason.blockers, reason.numbers)
+
+    def _park(self, group: Group, reason: _Reason) -> None:
+        code, blockers, numbers = reason.code, reason.blockers, reason.numbers
+        waits = self.waits
+        for job in group.jobs[group.next :]:
+            waits[job.job_id] = Wait(job.job_id, code, blockers, numbers)
+        group.next = len(group.jobs)
+
+    def _capacity_holders(self, flavor: str) -> tuple[str, ...]:
+        """Who holds what a job of this flavor waits for, soonest end first."""
+        if flavor not in self.holding:
+            here = {room.node.name for room in self.cluster.rooms.values() if _offers(room.node.gpus, flavor)}
+            ends = (held.job_id for held in self.holders if any(grant.node in here for grant in held.grants))
+            new = (new.job_id for new in self.admissions if any(grant.node in here for grant in new.grants))
+            self.holding[flavor] = tuple(islice(chain(ends, new), _BLOCKERS))
+        return self.holding[flavor]
+
+    def _needs(self, need: Need) -> dict[str, Any]:
+        if need not in self.figures:
+            self.figures[need] = _figures(need)
+        return self.figures[need]
+
+    def _wanted(self) -> set[str]:
+        """Flavors that somebody still waits for."""
+        jobs = {job.job_id: job for job in self.snapshot.waiting}
+        kinds: set[Kind] = {
+            jobs[wait.job_id].kind for wait in self.waits.values() if wait.code in _COMPETES
+        }  # fmt: skip
+        return {flavor for kind in kinds for flavor in self.cluster.meanings(Need._make(kind[2]))}
+
+    def _charged(self) -> Iterable[Admission]:
+        """Use of capacity that nobody else wanted counts little."""
+        if not self.policy.accounts:
+            return self.admissions
+        wanted = self._wanted()
+        idle = self.policy.idle_charge
+        return [
+            new if new.grants[0].flavor in wanted else replace(new, charge=idle) for new in self.admissions
+        ]  # fmt: skip
+
+    def _why(self, need: Need, flavor: str) -> str:
+        """Why this device: a sentence for the manifest."""
+        if not need.gpu:
+            return "CPU: the job asks for no GPU."
+        wishes, first = ", ".join(need.flavors), need.flavors[0]
+        if flavor == CPU:
+            there = ", ".join(self.cluster.gpu_flavors)
+            reason = f"the GPUs here are {there}, none of them free or wanted" if there else "there is no GPU here"
+            return f"CPU: the job prefers [{wishes}] and allows CPU; {reason}."
+        if flavor == first or first == ANY_GPU:
+            return f"{flavor}: the job's first choice of [{wishes}] was free."
+        return f"{flavor}: the first of [{wishes}] that was free."
+
+    def _never(self, need: Need) -> _Reason:
+        nodes = [room.node for room in self.cluster.rooms.values()]
+        numbers = {
+            **_figures(need), "wants": list(need.flavors), "gpus_here": list(self.cluster.gpu_flavors),
+            "largest_cpu_milli": max((node.cpu_milli for node in nodes), default=0),
+            "largest_memory": max((node.memory for node in nodes), default=0),
+        }  # fmt: skip
+        if self.snapshot.drained:
+            whole = Cluster(self.snapshot.nodes)
+            if any(whole.capable(need, flavor) for flavor in whole.meanings(need)):
+                return _Reason("drained", (), {**numbers, "nodes": list(self.snapshot.drained)})
+        known = any(flavor == CPU or flavor in self.cluster.gpu_flavors for flavor in self.cluster.meanings(need))
+        return _Reason("never-fits" if known else "no-such-device", (), numbers)
 
 
-def _hold(job: Waiting, now: int) -> Wait | None:
+_COMPETES = frozenset({"capacity", "quota", "behind", "preempting", "window"})
+"""Reasons of jobs that would use capacity if they could."""
+
+
+def _figures(need: Need) -> dict[str, Any]:
+    return {"workers": need.workers_min, "cpu_milli": need.cpu, "memory": need.memory, "gpu_milli": need.gpu}
+
+
+def _no_easier(need: Need, failed: Need) -> bool:
+    """Its GPUs: as many or more, of as much memory or more, each as large a share or larger."""
+    return failed.gpu_memory <= need.gpu_memory and failed.devices <= need.devices and failed.device <= need.device
+
+
+def _offers(gpus: Iterable[Any], flavor: str) -> bool:
+    return flavor == CPU or any(gpu.flavor == flavor for gpu in gpus)
+
+
+def _hold(job: Waiting, now: int) -> _Reason | None:
     unmet = [dependency for dependency in job.dependencies if dependency.state is not JobState.SUCCEEDED]
     if unmet:
         ended = [dependency for dependency in unmet if dependency.state in ENDED]
         code = "dependency-failed" if ended else "dependency"
-        return Wait(job.job_id, code, tuple(dependency.job_id for dependency in ended or unmet))
+        return _Reason(code, tuple(dependency.job_id for dependency in ended or unmet))
     if job.not_before > now:
-        return Wait(job.job_id, "back-off", (), {"not_before": job.not_before})
+        return _Reason("back-off", (), {"not_before": job.not_before})
     return None
-
-
-def _free(nodes: Iterable[Node], live: Iterable[Reservation]) -> dict[str, _Free]:
-    free = {node.name: _Free.whole(node) for node in nodes}
-    for reservation in live:
-        for grant in reservation.grants:
-            if grant.node in free:  # a node that is gone still has its reservations until they are confirmed ended
-                free[grant.node].take(grant)
-    return free
-
-
-def _usable(job: Waiting, nodes: tuple[Node, ...]) -> list[tuple[str, tuple[str, ...]]]:
-    """(flavor, nodes) that would hold all of the job's least workers if they were empty, in the job's order."""
-    usable: list[tuple[str, tuple[str, ...]]] = []
-    for flavor in dict.fromkeys(flavor for wanted in job.flavors for flavor in _meanings(wanted, nodes)):
-        rooms = [(node.name, len(_Free.whole(node).grants(job, flavor))) for node in nodes]
-        if sum(room for _, room in rooms) >= job.workers_min:
-            usable.append((flavor, tuple(name for name, room in rooms if room)))
-    return usable
-
-
-def _meanings(wanted: str, nodes: tuple[Node, ...]) -> list[str]:
-    """The flavors that a wish stands for: itself, or for `gpu` every kind of GPU that is here."""
-    if wanted != ANY_GPU:
-        return [wanted]
-    return sorted({gpu.flavor for node in nodes for gpu in node.gpus})
-
-
-def _node_names(usable: list[tuple[str, tuple[str, ...]]]) -> list[str]:
-    return list(dict.fromkeys(name for _, names in usable for name in names))
-
-
-def _place(job: Waiting, usable: list[tuple[str, tuple[str, ...]]], free: dict[str, _Free]) -> tuple[Grant, ...] | None:
-    """Grants for at least `workers_min` workers of one flavor on as few nodes as possible, or None."""
-    for flavor, names in usable:
-        offers = sorted((free[name].grants(job, flavor) for name in names), key=lambda grants: -len(grants))
-        grants = [grant for offer in offers for grant in offer][: job.workers_max]
-        if len(grants) >= job.workers_min:
-            return tuple(grants)
-    return None
-
-
-def _why(job: Waiting, flavor: str, nodes: tuple[Node, ...]) -> str:
-    """Why this device: a sentence for the manifest."""
-    wishes = ", ".join(job.flavors)
-    if not job.gpu_milli:
-        return "CPU: the job asks for no GPU."
-    first = job.flavors[0]
-    if flavor == CPU:
-        there = sorted({gpu.flavor for node in nodes for gpu in node.gpus})
-        reason = (
-            f"the GPUs here are {', '.join(there)}, none of them free or wanted" if there else "there is no GPU here"
-        )
-        return f"CPU: the job prefers [{wishes}] and allows CPU; {reason}."
-    if flavor == first or first == ANY_GPU:
-        return f"{flavor}: the job's first choice of [{wishes}] was free."
-    return f"{flavor}: the first of [{wishes}] that was free."
-
-
-def _never(job: Waiting, nodes: tuple[Node, ...]) -> Wait:
-    gpus = sorted({gpu.flavor for node in nodes for gpu in node.gpus})
-    numbers = {
-        "wants": list(job.flavors), "gpus_here": gpus, "workers": job.workers_min,
-        "cpu_milli": job.cpu_milli, "memory": job.memory, "gpu_milli": job.gpu_milli,
-        "largest_cpu_milli": max((node.cpu_milli for node in nodes), default=0),
-        "largest_memory": max((node.memory for node in nodes), default=0),
-    }  # fmt: skip
-    known = any(flavor in (CPU, *gpus) for wanted in job.flavors for flavor in _meanings(wanted, nodes))
-    return Wait(job.job_id, "never-fits" if known else "no-such-device", (), numbers)
-
-
-def _wait(
-    job: Waiting,
-    ahead: str | None,
-    usable: list[tuple[str, tuple[str, ...]]],
-    live: tuple[Reservation, ...],
-    admissions: list[Admission],
-) -> Wait:
-    names = set(_node_names(usable))
-    if ahead:
-        return Wait(job.job_id, "behind", (ahead,))
-    holders = [held.job_id for held in live if any(grant.node in names for grant in held.grants)]
-    holders += [new.job_id for new in admissions if any(grant.node in names for grant in new.grants)]
-    ends = [held.ends_by for held in live if held.job_id in holders]
-    numbers = {"workers": job.workers_min, "cpu_milli": job.cpu_milli, "memory": job.memory, "gpu_milli": job.gpu_milli}
-    return Wait(job.job_id, "capacity", tuple(holders), {**numbers, "ends_by": min(ends, default=0)})

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from permed_compute.admission.policy import CPU, Policy
+from permed_compute.admission.policy import CPU, MEMORY, Policy, gpu_flavor
 from permed_compute.queue.port import Job
 from permed_compute.spec import Band
 from permed_compute.states import LIVE, JobState
 
 __all__ = [
     "ANY_GPU", "CPU", "Admission", "Dependency", "Gpu", "Grant", "Node", "Plan", "Policy", "Preemption", "Promise",
-    "Reservation", "Resize", "Snapshot", "Start", "Wait", "Waiting", "Window", "grants_of", "take",
+    "Reservation", "Resize", "Snapshot", "Start", "Wait", "Waiting", "Window", "grants_of", "take", "used_by",
 ]  # fmt: skip
 
 ANY_GPU = "gpu"
@@ -65,6 +65,18 @@ class Grant:
         return cls(**{**row, "devices": tuple(row["devices"])})
 
 
+def used_by(grants: Iterable[Grant]) -> dict[str, int]:
+    """What grants take, by the names that quotas use: `cpu`, `memory`, `gpu:<flavor>`."""
+    total = {CPU: 0, MEMORY: 0}
+    for grant in grants:
+        total[CPU] += grant.cpu_milli
+        total[MEMORY] += grant.memory
+        if grant.gpu_milli:
+            name = gpu_flavor(grant.flavor)
+            total[name] = total.get(name, 0) + grant.gpu_milli
+    return total
+
+
 @dataclass(frozen=True, slots=True)
 class Reservation:
     """A live job and what it holds."""
@@ -89,6 +101,10 @@ class Reservation:
     """False while it is stopping already, not yet running, or its engine is silent."""
     charge: int = 1000
     """Thousandths at which its use counts for fairness."""
+    uses: Mapping[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uses", used_by(self.grants))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +144,14 @@ class Waiting:
     promised: tuple[Grant, ...] = ()
     """Capacity that was preempted for it: nobody else's until it starts or withdraws."""
     kind: tuple[Any, ...] = field(init=False, repr=False, compare=False)
-    """Equivalence class: jobs of one kind are admitted or not for the same reasons."""
+    """Equivalence class (account, band, need): but for their time limits, jobs of one kind fit or not alike."""
 
     def __post_init__(self) -> None:
-        kind = (
-            self.account, self.band.value, self.workers_min, self.workers_max, self.cpu_milli, self.memory,
-            self.gpu_milli, self.gpu_memory, self.flavors, self.time_limit,
+        need = (
+            self.workers_min, self.workers_max, self.cpu_milli, self.memory, self.gpu_milli, self.gpu_memory,
+            self.flavors,
         )  # fmt: skip
-        object.__setattr__(self, "kind", kind)
+        object.__setattr__(self, "kind", (self.account, self.band.value, need))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +186,8 @@ class Snapshot:
     """When the policy came into force, ms: a lowered quota is drained `drain_after` later."""
     seq: int = 0
     """The newest event that this picture knows."""
+    grace_ms: int = 30_000
+    """A job that reaches its time limit is gone so much later at the latest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,16 +273,28 @@ class Plan:
 
 
 def take(
-    nodes: tuple[Node, ...], jobs: Iterable[Job], dependency_states: Mapping[str, JobState], *, grace_ms: int
+    nodes: tuple[Node, ...],
+    jobs: Iterable[Job],
+    dependency_states: Mapping[str, JobState],
+    *,
+    grace_ms: int,
+    usage: Mapping[str, Mapping[str, int]] | None = None,
+    drained: tuple[str, ...] = (),
+    frozen: tuple[str, ...] = (),
+    windows: tuple[Window, ...] = (),
+    policy_since: int = 0,
+    seq: int = 0,
 ) -> Snapshot:
     """The snapshot of the queue's QUEUED and live jobs; usage is derived here, never counted up and down."""
     live, waiting = [], []
     for job in jobs:
         if job.state in LIVE:
-            live.append(_reservation(job, grace_ms))
+            live.append(reservation(job, grace_ms))
         elif job.state is JobState.QUEUED:
-            waiting.append(_waiting(job, dependency_states))
-    return Snapshot(nodes, tuple(live), tuple(waiting))
+            waiting.append(waiting_of(job, dependency_states))
+    return Snapshot(
+        nodes, tuple(live), tuple(waiting), usage or {}, drained, frozen, windows, policy_since, seq, grace_ms
+    )
 
 
 def grants_of(job: Job) -> tuple[Grant, ...]:
@@ -272,18 +302,35 @@ def grants_of(job: Job) -> tuple[Grant, ...]:
     return tuple(Grant.from_row(row) for row in job.detail.get("grants", ()))
 
 
-def _reservation(job: Job, grace_ms: int) -> Reservation:
+def reservation(job: Job, grace_ms: int) -> Reservation:
+    """A live job and what it holds. One that is stopping is gone by the end of its grace."""
+    spec, detail = job.spec, job.detail
+    began = int(detail.get("since", 0)) or job.started_at or job.changed_at
     start = job.started_at or job.changed_at
-    ends_by = start + job.spec.time_limit * 1000 + grace_ms
-    return Reservation(job.id, job.spec.name, job.spec.account, job.spec.band, grants_of(job), ends_by)
+    ends_by = start + spec.time_limit * 1000 + grace_ms
+    if job.state in (JobState.PREEMPTING, JobState.CANCELLING):
+        ends_by = min(ends_by, job.changed_at + grace_ms)
+    workers = spec.resources.workers
+    elastic = workers.max > workers.min
+    return Reservation(
+        job.id, spec.name, spec.account, spec.band, grants_of(job), ends_by, job.version, began,
+        max(began, int(detail.get("kept_at", 0))), spec.time_limit,
+        workers.min if elastic else 0, workers.max if elastic else 0,
+        job.state is JobState.RUNNING, int(detail.get("charge", 1000)),
+    )  # fmt: skip
 
 
-def _waiting(job: Job, states: Mapping[str, JobState]) -> Waiting:
+def waiting_of(job: Job, states: Mapping[str, JobState]) -> Waiting:
+    """A queued job's request. A promise holds only while its last move is the one that made it."""
     spec, need = job.spec, job.spec.resources
+    promised = job.detail.get("promised", ()) if job.reason == "promised" else ()
     return Waiting(
         job.id, job.version, job.seq, spec.name, spec.account, spec.band, job.submitted_at,
         need.workers.min, need.workers.max, need.cpu_milli, need.memory, need.gpu_milli, need.gpu_memory,
         need.order, spec.time_limit,
         tuple(Dependency(other, states[other]) for other in spec.dependencies),
         int(job.detail.get("not_before", 0)),
+        int(spec.deadline.timestamp() * 1000) if spec.deadline else 0,
+        int(job.detail.get("estimate", 0)),
+        tuple(Grant.from_row(row) for row in promised),
     )  # fmt: skip

@@ -70,11 +70,15 @@ def test_bands_come_before_submission_order() -> None:
     assert started(plan([node(cpus=4)], waiting)) == ["job-3", "job-2"]
 
 
-def test_nobody_passes_a_job_that_waits_for_the_same_node() -> None:
-    busy = [held("busy", Grant("n1", 3000, 1024, 0, "cpu"))]
-    result = plan([node(cpus=4)], [job(1, cpu_milli=2000), job(2)], busy)
-    assert started(result) == []
+def test_backfill_passes_a_reserved_start_only_without_delaying_it() -> None:
+    busy = [held("busy", Grant("n1", 3000, 1024, 0, "cpu"))]  # until 99 s
+    waiting = [job(1, cpu_milli=4000), job(2), job(3, time_limit=60)]
+    result = plan([node(cpus=4)], waiting, busy)
+    assert started(result) == ["job-3"] and result.admissions[0].reason == "backfilled"
+    assert result.starts[0].job_id == "job-1" and result.starts[0].at == 99_000
     assert wait_of(result, "job-1") == ("capacity", ("busy",)) and wait_of(result, "job-2") == ("behind", ("job-1",))
+    beside = plan([node(cpus=4)], [job(1, cpu_milli=2000), job(2)], busy)
+    assert started(beside) == ["job-2"]  # three cores are left when busy ends: two for job-1
 
 
 def test_a_job_that_can_never_start_stands_in_nobodys_way() -> None:

@@ -1,0 +1,389 @@
+"""What is free on which node, now and later, and where a job's workers go. Integers; devices one by one, never sums.
+
+A `Room` is one node's free cores, memory and devices. Live jobs leave it at their `ends_by` (`releases`); reserved
+starts take of it from their start to their end (`claims`); windows close it for a while. Without claims and windows
+what is free now stays free, so that only the few rooms that have some are looked at over time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from permed_compute.admission.snapshot import ANY_GPU, CPU, Grant, Node, Reservation, Waiting, Window
+
+
+class Need(NamedTuple):
+    """What each of a job's workers needs, and how many; what decides where it fits."""
+
+    workers_min: int
+    workers_max: int
+    cpu: int
+    memory: int
+    gpu: int
+    gpu_memory: int
+    flavors: tuple[str, ...]
+
+    @classmethod
+    def of(cls, job: Waiting) -> Need:
+        return cls._make(job.kind[2])
+
+    @property
+    def device(self) -> int:
+        """Thousandths of each device."""
+        return self.gpu if self.gpu < 1000 else 1000
+
+    @property
+    def devices(self) -> int:
+        """Devices per worker."""
+        return max(1, self.gpu // 1000)
+
+
+class Claim(NamedTuple):
+    """A reserved start's hold on a node."""
+
+    start: int
+    end: int
+    grant: Grant
+    job_id: str
+
+
+class Room:
+    """What is left of one node; may be negative where somebody's promise stands on what a victim still holds."""
+
+    __slots__ = ("claims", "closed", "cpu", "gpus", "memory", "node", "place", "releases", "windows")
+
+    def __init__(self, node: Node, place: int) -> None:
+        self.node = node
+        self.place = place
+        self.cpu = node.cpu_milli
+        self.memory = node.memory
+        self.gpus = [1000] * len(node.gpus)
+        self.closed = False
+        self.claims: list[Claim] = []
+        self.releases: list[tuple[int, Grant]] = []
+        self.windows: list[Window] = []
+
+    def take(self, grant: Grant, sign: int = 1) -> None:
+        self.cpu -= sign * grant.cpu_milli
+        self.memory -= sign * grant.memory
+        if grant.devices:
+            each = sign * min(1000, grant.gpu_milli)
+            slots = self._slots()
+            for index in grant.devices:
+                if index in slots:
+                    self.gpus[slots[index]] -= each
+
+    def _slots(self) -> dict[int, int]:
+        return {gpu.index: slot for slot, gpu in enumerate(self.node.gpus)}
+
+    def later(self, start: int, end: int) -> Room:
+        """The least that is free at every moment of [start, end)."""
+        if not self.claims and not self.releases:
+            return self
+        now = Room(self.node, self.place)
+        now.cpu, now.memory, now.gpus = self.cpu, self.memory, list(self.gpus)
+        changes = [(at, 0, grant) for at, grant in self.releases]
+        for claim in self.claims:
+            if claim.end > start:
+                changes.append((claim.start, 2, claim.grant))
+                changes.append((claim.end, 1, claim.grant))
+        changes.sort(key=lambda change: change[:2])
+        least: Room | None = None
+        for at, kind, grant in changes:
+            if at >= end:
+                break
+            if at > start and least is None:
+                least = now._copy()
+            now.take(grant, 1 if kind == 2 else -1)
+            if least is not None:
+                least._lower_to(now)
+        return least or now
+
+    def _copy(self) -> Room:
+        copy = Room(self.node, self.place)
+        copy.cpu, copy.memory, copy.gpus = self.cpu, self.memory, list(self.gpus)
+        return copy
+
+    def _lower_to(self, other: Room) -> None:
+        self.cpu = min(self.cpu, other.cpu)
+        self.memory = min(self.memory, other.memory)
+        self.gpus = [min(mine, its) for mine, its in zip(self.gpus, other.gpus, strict=True)]
+
+    def shut(self, account: str, start: int, end: int) -> Window | None:
+        """The window that keeps this account's work off the node in [start, end)."""
+        for window in self.windows:
+            if window.start < end and window.end > start and not _within(account, window.accounts):
+                return window
+        return None
+
+    def count(self, need: Need, flavor: str, most: int) -> int:
+        """How many of the workers fit into what is free, at most `most`."""
+        if need.cpu > self.cpu or need.memory > self.memory:
+            return 0
+        most = min(most, self.cpu // need.cpu, self.memory // need.memory if need.memory else most)
+        if flavor == CPU or most <= 0:
+            return max(0, most)
+        fits, each = 0, need.device
+        for gpu, free in zip(self.node.gpus, self.gpus, strict=True):
+            if free >= each and gpu.flavor == flavor and gpu.memory >= need.gpu_memory:
+                fits += free // each
+        return min(most, fits // need.devices)
+
+    def grants(self, need: Need, flavor: str, count: int) -> list[Grant]:
+        """Grants for `count` workers that fit; a share of a GPU goes to the fullest that has room."""
+        name = self.node.name
+        if flavor == CPU:
+            return [Grant(name, need.cpu, need.memory, 0, CPU)] * count
+        each, free, made = need.device, list(self.gpus), []
+        for _ in range(count):
+            slots = [
+                slot
+                for slot, gpu in enumerate(self.node.gpus)
+                if free[slot] >= each and gpu.flavor == flavor and gpu.memory >= need.gpu_memory
+            ]
+            slots.sort(key=lambda slot: (free[slot], self.node.gpus[slot].index))
+            chosen = slots[: need.devices]
+            for slot in chosen:
+                free[slot] -= each
+            devices = tuple(self.node.gpus[slot].index for slot in chosen)
+            made.append(Grant(name, need.cpu, need.memory, need.gpu, flavor, devices))
+        return made
+
+
+def _within(account: str, accounts: Iterable[str]) -> bool:
+    return any(account == above or account.startswith(above + "/") for above in accounts)
+
+
+class Cluster:
+    """All rooms, and an index of those that have anything free of a flavor."""
+
+    def __init__(self, nodes: tuple[Node, ...], drained: Iterable[str] = (), windows: Iterable[Window] = ()) -> None:
+        self.rooms = {node.name: Room(node, place) for place, node in enumerate(nodes)}
+        for name in drained:
+            if name in self.rooms:
+                self.rooms[name].closed = True
+        for window in windows:
+            for name in window.nodes:
+                if name in self.rooms:
+                    self.rooms[name].windows.append(window)
+        self.gpu_flavors = tuple(sorted({gpu.flavor for node in nodes for gpu in node.gpus}))
+        self._here: dict[str, list[Room]] = {flavor: [] for flavor in (CPU, *self.gpu_flavors)}
+        # Work without a GPU goes to nodes without one first.
+        for room in sorted(self.rooms.values(), key=lambda room: (bool(room.node.gpus), room.place)):
+            if not room.closed:
+                self._here[CPU].append(room)
+                for flavor in dict.fromkeys(gpu.flavor for gpu in room.node.gpus):
+                    self._here[flavor].append(room)
+        self._open = {flavor: dict.fromkeys(rooms) for flavor, rooms in self._here.items()}
+        self._capable: dict[Need, dict[str, bool]] = {}
+        self._shapes: dict[str, list[tuple[Room, int]]] = {}
+        self._releases: list[tuple[int, str, Grant]] | None = None
+        self.planned: list[Claim] = []
+
+    # ------------------------------------------------------------------------------------- filling it
+
+    def hold(self, grants: Iterable[Grant], until: int, sign: int = 1) -> None:
+        """What a live or just admitted job holds until then at the latest; `sign` -1 gives it back."""
+        for grant in grants:
+            room = self.rooms.get(grant.node)
+            if room is None:  # a node that is gone still has its reservations until they are confirmed ended
+                continue
+            room.take(grant, sign)
+            if sign > 0:
+                room.releases.append((until, grant))
+                self._close_if_full(room)
+            else:
+                room.releases.remove((until, grant))
+                self._reopen(room)
+        self._releases = None
+
+    def claim(self, job_id: str, grants: Iterable[Grant], start: int, end: int) -> None:
+        """Reserve a later start."""
+        for grant in grants:
+            claim = Claim(start, end, grant, job_id)
+            self.rooms[grant.node].claims.append(claim)
+            self.planned.append(claim)
+
+    def _close_if_full(self, room: Room) -> None:
+        if room.cpu <= 0:
+            self._open[CPU].pop(room, None)
+        for flavor in {gpu.flavor for gpu in room.node.gpus}:
+            spare = any(f > 0 and g.flavor == flavor for g, f in zip(room.node.gpus, room.gpus, strict=True))
+            if room.cpu <= 0 or not spare:
+                self._open[flavor].pop(room, None)
+
+    def _reopen(self, room: Room) -> None:
+        if not room.closed:
+            for flavor in (CPU, *{gpu.flavor for gpu in room.node.gpus}):
+                self._open[flavor].setdefault(room)
+
+    # ------------------------------------------------------------------------------------- asking it
+
+    def meanings(self, need: Need) -> list[str]:
+        """The flavors that a wish stands for, in the job's order; `gpu` is every kind that is here."""
+        out: dict[str, None] = {}
+        for wanted in need.flavors:
+            for flavor in self.gpu_flavors if wanted == ANY_GPU else (wanted,):
+                out.setdefault(flavor)
+        return list(out)
+
+    def capable(self, need: Need, flavor: str) -> bool:
+        """Could the nodes that are not drained hold the least workers if they were empty?"""
+        known = self._capable.setdefault(need, {})
+        if flavor not in known:
+            left = need.workers_min
+            for empty, number in self._empty(flavor):
+                left -= number * empty.count(need, flavor, need.workers_max)
+            known[flavor] = left <= 0
+        return known[flavor]
+
+    def _empty(self, flavor: str) -> list[tuple[Room, int]]:
+        """One empty room per sort of node, and how many there are."""
+        if flavor not in self._shapes:
+            sorts: dict[tuple[object, ...], int] = {}
+            first: dict[tuple[object, ...], Node] = {}
+            for room in self._here.get(flavor, ()):
+                shape = (room.node.cpu_milli, room.node.memory, room.node.gpus)
+                sorts[shape] = sorts.get(shape, 0) + 1
+                first.setdefault(shape, room.node)
+            self._shapes[flavor] = [(Room(first[shape], 0), number) for shape, number in sorts.items()]
+        return self._shapes[flavor]
+
+    def place(
+        self, need: Need, flavor: str, most: int, account: str, start: int, end: int, *, beside: bool = True
+    ) -> tuple[Grant, ...] | None:
+        """Grants for `workers_min` to `most` workers from now on, on as few nodes as possible, or None.
+
+        `beside`: so that no reserved start is delayed and no window entered.
+        """
+        offers: list[tuple[int, Room, Room]] = []
+        for room in self._open.get(flavor, ()):
+            seen = room
+            if beside and (room.claims or room.windows):
+                if room.windows and room.shut(account, start, end):
+                    continue
+                if room.claims:
+                    seen = room.later(start, end)
+            count = seen.count(need, flavor, most)
+            if count:
+                offers.append((count, room, seen))
+                if most == 1 and flavor == CPU:
+                    break  # the first that fits will do
+        return _chosen(offers, need, flavor, most)
+
+    def releases(self) -> list[tuple[int, str, Grant]]:
+        """(when, node, what) of everything that ends, soonest first."""
+        if self._releases is None:
+            found = [(at, name, grant) for name, room in self.rooms.items() for at, grant in room.releases]
+            self._releases = sorted(found, key=lambda each: (each[0], self.rooms[each[1]].place))
+        return self._releases
+
+    def earliest(
+        self, need: Need, flavor: str, most: int, account: str, now: int, length: int
+    ) -> tuple[int, tuple[Grant, ...]] | None:
+        """The first moment after `now` at which the least workers fit for `length` ms, and where.
+
+        A sweep over what ends: only the room in which something ends is counted again, so that the cost follows the
+        number of ends until it fits. Rooms with claims or windows are counted exactly once the sum would do.
+        """
+        rooms = [room for room in self._here.get(flavor, ()) if not room.closed]
+        if not self.capable(need, flavor):
+            return None
+        bare: dict[Room, Room] = {}
+        counts: dict[Room, int] = {}
+        for room in rooms:
+            counts[room] = room.count(need, flavor, most)
+        total = sum(counts.values())
+        here = set(counts)
+        ends = sorted({c.end for c in self.planned} | {w.end for room in rooms for w in room.windows})
+        moments = _merged(self.releases(), ends)
+        if ends:  # it may fit between two reservations before anything ends
+            at = now
+            if total >= need.workers_min and (
+                found := self._at(rooms, counts, need, flavor, most, account, at, length)
+            ):
+                return at, found
+        for at, name, grant in moments:
+            at = max(at, now + 1)
+            if grant is not None:
+                room = self.rooms[name]
+                if room not in here:
+                    continue
+                copy = bare.get(room)
+                if copy is None:
+                    copy = bare[room] = room._copy()
+                copy.take(grant, -1)
+                if room.cpu < 0 or counts[room] < most:
+                    total -= counts[room]
+                    counts[room] = copy.count(need, flavor, most)
+                    total += counts[room]
+            if total >= need.workers_min:
+                found = self._at(rooms, counts, need, flavor, most, account, at, length)
+                if found:
+                    return at, found
+        return None
+
+    def _at(
+        self, rooms: list[Room], counts: dict[Room, int], need: Need, flavor: str, most: int, account: str, at: int,
+        length: int,
+    ) -> tuple[Grant, ...] | None:  # fmt: skip
+        offers: list[tuple[int, Room, Room]] = []
+        enough = 0
+        for room in rooms:
+            if not counts[room] and not room.claims:
+                continue
+            if room.windows and room.shut(account, at, at + length):
+                continue
+            seen = room.later(at, at + length)
+            count = seen.count(need, flavor, most)
+            if count:
+                offers.append((count, room, seen))
+                enough += count
+        # A reserved start keeps the least that it needs; growing beyond is for when it starts.
+        return _chosen(offers, need, flavor, need.workers_min) if enough >= need.workers_min else None
+
+
+def _chosen(
+    offers: list[tuple[int, Room, Room]], need: Need, flavor: str, most: int
+) -> tuple[Grant, ...] | None:  # fmt: skip
+    """All on one node where one has room (the fullest such), else on as few as possible."""
+    whole = [offer for offer in offers if offer[0] >= most]
+    if whole:
+        if len(whole) > 1:
+            whole = [min(whole, key=lambda offer: (_spare(offer[2], flavor), offer[1].place))]
+        return tuple(whole[0][2].grants(need, flavor, most))
+    if sum(offer[0] for offer in offers) < need.workers_min:
+        return None
+    offers.sort(key=lambda offer: (-offer[0], offer[1].place))
+    grants: list[Grant] = []
+    for count, _, seen in offers:
+        grants += seen.grants(need, flavor, min(count, most - len(grants)))
+        if len(grants) >= most:
+            break
+    return tuple(grants)
+
+
+def _spare(room: Room, flavor: str) -> tuple[int, int]:
+    """What a node has left: the least is filled first, so that whole nodes stay free for gangs."""
+    gpus = sum(free for gpu, free in zip(room.node.gpus, room.gpus, strict=True) if flavor in (CPU, gpu.flavor))
+    return (gpus, room.cpu)
+
+
+def _merged(
+    releases: list[tuple[int, str, Grant]], ends: list[int]
+) -> Iterator[tuple[int, str, Grant | None]]:  # fmt: skip
+    """Both in order of time; an end of a claim or window has no grant. All releases of a moment before its check."""
+    place = 0
+    for at, name, grant in releases:
+        while place < len(ends) and ends[place] < at:
+            yield ends[place], "", None
+            place += 1
+        yield at, name, grant
+    for at in ends[place:]:
+        yield at, "", None
+
+
+def held_until(live: Reservation, now: int) -> int:
+    """When it will have ended; one that is over its time is awaited from moment to moment."""
+    return max(live.ends_by, now + 1000)
