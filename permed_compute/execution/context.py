@@ -121,7 +121,7 @@ class WorkerContext:
             return self.get(*args, **kwargs)
         import dask.threaded
 
-        return dask.threaded.get(*args, num_workers=self.threads, **kwargs)
+        return dask.threaded.get(*args, **{"num_workers": self.threads, **kwargs})
 
 
 def check_fence(paths: AttemptPaths) -> None:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,9 @@ class MemberActor:
         processes.adopt_orphans()
         attempt = Attempt.read(paths)
         grant = attempt.grants[slot] if attempt is not None else None
+        cpus = grant.cpu_milli / 1000 if grant is not None else 1.0
         gpus = device.visible(grant.devices) if grant is not None and grant.devices else ""
-        self._member = Member(root, slot, isolated=True, dask_get=_dask_get(), gpu_env=gpus)
+        self._member = Member(root, slot, isolated=True, dask_get=_dask_get(cpus), gpu_env=gpus)
 
     def call(self, name: str, row: Row) -> Row:
         answer: Row = getattr(self._member, name)(row)
@@ -158,12 +159,17 @@ def _cores(paths: AttemptPaths) -> Sequence[int]:
     return [int(core) for core in read_json(cores_file(paths)) or ()]
 
 
-def _dask_get() -> Any:
+def _dask_get(cpus: float) -> Callable[..., Any] | None:
+    """Dask-on-Ray inside the bundle: tasks of one core each, or of the part of one that was granted."""
     if importlib.util.find_spec("dask") is None:
         return None
-    from ray.util.dask import ray_dask_get
 
-    return ray_dask_get
+    def get(*args: Any, **kwargs: Any) -> Any:
+        from ray.util.dask import ray_dask_get  # dear: only where it is used
+
+        return ray_dask_get(*args, **{"ray_remote_args": {"num_cpus": min(1.0, cpus)}, **kwargs})
+
+    return get
 
 
 def _speak_into(log: Path) -> None:

@@ -136,6 +136,14 @@ class ExecutorConformance:
         assert toys.result(attempt)["values"] == {"sum": 3, "rounds": 3}
         executor.end(attempt)
 
+    def test_dask_graphs_run_within_the_grant(self, executor: Executor, toys: Toys) -> None:
+        pytest.importorskip("dask", reason="dask is not installed")
+        attempt = toys.attempt("graph", cpus=0.5)
+        executor.launch(attempt)
+        assert toys.ending(attempt)["outcome"] == "SUCCEEDED", toys.ending(attempt)
+        assert toys.result(attempt)["parts"][0]["values"]["total"] == sum(n * n for n in range(8))
+        executor.end(attempt)
+
     def test_a_bad_part_is_named_and_the_others_are_published(self, executor: Executor, toys: Toys) -> None:
         attempt = toys.attempt("squares", count=4, bad=[2], retries=1)
         executor.launch(attempt)

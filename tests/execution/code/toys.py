@@ -140,6 +140,18 @@ def _glutton(spec: Any, state: Mapping[str, Any], ctx: Context) -> list[Part]:
 glutton = Map(plan=_glutton, run=lambda part, model, ctx: PartResult())
 
 
+def _graph(part: Part, model: Any, ctx: Context) -> PartResult:
+    """Add up squares in a dask graph, and report in how many processes they were made."""
+    import dask
+
+    squares = [dask.delayed(lambda n: (n * n, os.getpid()))(n) for n in range(8)]
+    made = dask.compute(*squares, scheduler=ctx.dask_get)
+    return PartResult(values={"total": sum(square for square, _ in made), "pids": sorted({pid for _, pid in made})})
+
+
+graph = Map(run=_graph)
+
+
 # ------------------------------------------------------------------------------------------- gang
 
 
