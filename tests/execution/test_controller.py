@@ -160,6 +160,13 @@ def test_two_jobs_that_want_everything_never_overlap(world: World) -> None:
     assert (one.state, two.state) == (JobState.RUNNING, JobState.QUEUED)
 
 
+def test_the_second_is_reserved_only_after_the_first_has_ended(world: World) -> None:
+    first, second = (world.submit("squares", resources={"cpus": 2}, params={"count": n}) for n in (3, 5))
+    world.work(first, second)
+    seq = {(event.job_id, event.after): event.seq for event in world.queue.events()}
+    assert seq[first.id, "SUCCEEDED"] < seq[second.id, "RESERVED"]
+
+
 def test_cancel_signals_waits_and_confirms(world: World) -> None:
     job = world.submit("sleep")
     [job] = world.work(job, until=running)
