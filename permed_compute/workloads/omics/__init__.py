@@ -1,0 +1,1 @@
+"""Multi-omics: genotypes at two bits, from conversion to quality control, scores, association and the register."""

@@ -1,0 +1,460 @@
+"""Polygenic scores of everybody in a store: any number of scoring files at once, a part for every block of variants.
+
+Inputs: `genotypes` (a store, or the folder of the convert job) and any number named `score`; optionally
+`frequencies` (frozen ALT frequencies for missing genotypes: plink2's .afreq columns) and `reference` (the
+`distribution.json` of an earlier job, to normalise by).
+
+`params` of the job:
+    min_match     0.75    least share of a score's rows that must match; below it the score is refused, with reasons
+    ambiguous     drop    A/T and C/G variants: drop, or keep (both files are on the forward strand)
+    flip          true    try the other strand where alleles do not fit
+    missing       mean    a missing genotype counts as twice the allele's frequency; `zero`: as nothing
+    block         0       variants in a part, a multiple of the store's parts; 0 = one of the store's parts
+
+Results: `<score>.sscore` (plink2's columns, ids by pseudonym), `<score>.match.tsv.gz` (a line for every row of the
+scoring file), `distribution.json` and a picture of each score's distribution.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from permed_compute.errors import Finding, Problem, SpecError
+from permed_compute.paths import read_json, write_json
+from permed_compute.spec import JobSpec
+from permed_compute.storage.genotypes import MISSING_DOSAGE, GenotypeStore, dosage_as_float
+from permed_compute.workloads.omics import packed as bits
+from permed_compute.workloads.omics import plots, scores
+from permed_compute.workloads.omics.params import Checked
+from permed_compute.workloads.omics.read import contig_name, refuse
+from permed_compute.workloads.omics.scores import Match, Policy, Weights
+from permed_compute.workloads.port import Context, DonePart, Map, Part, PartResult, Result
+
+VERSION = "1"
+_LEAST_FOR_FREQUENCIES = 50
+_ONE_BY_ONE = 3
+"""Up to so many columns the byte look-up table is faster than unpacking for a matrix product."""
+_SAMPLE_TILE = 4096
+_VARIANT_TILE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    min_match: float = 0.75
+    ambiguous: str = "drop"
+    flip: bool = True
+    missing: str = "mean"
+    block: int = 0
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Params:
+        checked = Checked("omics/prs", given, cls)
+        checked.one_of("ambiguous", "drop", "keep")
+        checked.one_of("missing", "mean", "zero")
+        checked.between("min_match", 0, 1)
+        return checked.done()
+
+    @property
+    def policy(self) -> Policy:
+        return Policy(self.ambiguous, self.flip)
+
+
+def inputs_of(spec: JobSpec, name: str) -> list[Path]:
+    return [Path(ref.path) for ref in spec.inputs if ref.name == name]
+
+
+def open_store(spec: JobSpec) -> GenotypeStore:
+    """The job's genotypes. Raises `SpecError` where it names none or several."""
+    found = inputs_of(spec, "genotypes")
+    if len(found) != 1:
+        raise SpecError(
+            "job", [Problem("inputs", f"{len(found)} inputs are named genotypes.", remedy="Name one store.")]
+        )
+    return GenotypeStore.find(found[0])
+
+
+# ------------------------------------------------------------------------------------------------ plan
+
+
+def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part]:
+    """A part for every block that has a matched variant, and one for every score that is refused."""
+    params = Params.of(spec.params)
+    store = open_store(spec)
+    files = inputs_of(spec, "score")
+    if not files:
+        raise SpecError("job", [Problem("inputs", "no score.", remedy="Write `- {name: score, path: …}`.")])
+    with ctx.stage("match"):
+        matches = match_all(store, files, params)
+    parts = []
+    for file, match in zip(files, matches, strict=True):
+        write_match_log(match, store, ctx.out / f"{match.score.name}.match.tsv.gz")
+        if not _passes(match, params):
+            given = {"refused": match.score.name, "min_match": params.min_match}
+            parts.append(Part(f"score-{match.score.name}", (ctx.digest(file),), given, (str(file), str(store.root))))
+    kept = [match for match in matches if _passes(match, params)]
+    if not kept:
+        return parts
+    if store.samples < _LEAST_FOR_FREQUENCIES and params.missing == "mean" and not inputs_of(spec, "frequencies"):
+        raise refuse(
+            "TOO_FEW_FOR_FREQUENCIES",
+            f"{store.samples} people are too few to estimate allele frequencies from (least {_LEAST_FOR_FREQUENCIES}).",
+            remedy="Give frozen `frequencies`, or write `params: {missing: zero}`.", samples=store.samples,
+        )  # fmt: skip
+    weights = Weights.of(kept)
+    about = hashlib.sha256(weights.weight.tobytes() + weights.counts_ref.tobytes()).hexdigest()
+    frozen = tuple(ctx.digest(file) for file in inputs_of(spec, "frequencies"))
+    size = params.block or store.layout.part_variants
+    for start in range(0, store.variants, size):
+        stop = min(start + size, store.variants)
+        rows = weights.between(start, stop)
+        if rows.start == rows.stop:
+            continue
+        pieces = range(start // store.layout.part_variants, (stop - 1) // store.layout.part_variants + 1)
+        digests = [ctx.digest(file) for piece in pieces for file in store.files(piece)]
+        given = {"start": start, "stop": stop, "weights": about, "missing": params.missing}
+        parts.append(Part(f"rows-{start:010d}", (*digests, *frozen), given, (str(store.root),)))
+    ctx.log(f"{len(kept)} of {len(matches)} scores, {len(weights.rows)} variants, {len(parts)} parts")
+    return parts
+
+
+_last_matched: dict[Any, list[Match]] = {}
+
+
+def match_all(store: GenotypeStore, files: Sequence[Path], params: Params) -> list[Match]:
+    """Every file's match; the last answer is kept: plan, model and reduce of one process ask the same."""
+    key = (store.root, store.root.stat().st_mtime_ns, tuple((f, f.stat().st_mtime_ns) for f in files), params)
+    if key not in _last_matched:
+        _last_matched.clear()
+        _last_matched[key] = _match_all(store, files, params)
+    return _last_matched[key]
+
+
+def _match_all(store: GenotypeStore, files: Sequence[Path], params: Params) -> list[Match]:
+    index = scores.Index(store)
+    matches = []
+    for file in files:
+        score = scores.read_score(file)
+        scores.check_build(score, store.build)
+        matches.append(index.match(score, params.policy))
+    names = [match.score.name for match in matches]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SpecError("job", [Problem("inputs", f"{len(twice)} scores have one name, first {twice[0]!r}.")])
+    return matches
+
+
+def _passes(match: Match, params: Params) -> bool:
+    return len(match.used) > 0 and match.rate >= params.min_match
+
+
+def write_match_log(match: Match, store: GenotypeStore, path: Path) -> None:
+    """A line for every row of the scoring file, in its order: what it asked for and what became of it."""
+    with gzip.open(path, "wt", encoding="utf-8", newline="", compresslevel=3) as file:
+        table = csv.writer(file, delimiter="\t", lineterminator="\n")
+        table.writerow(
+            ["row", "chr", "pos", "effect_allele", "other_allele", "weight", "status", "store_row", "counts"]
+        )
+        for k, row in enumerate(match.score.rows):
+            found = int(match.store_row[k])
+            counted = ("REF" if match.counts_ref[k] else "ALT") if found >= 0 else ""
+            at = [k, row.contig, row.position or "", row.effect, row.other, repr(row.weight)]
+            table.writerow([*at, match.status[k], found if found >= 0 else "", counted])
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What every part needs: the matched weights, and frozen frequencies of ALT per matched row (NaN = not given).
+
+    The columns computed are the scores and, behind them, one column of ones for every set of counted alleles.
+    """
+
+    store: GenotypeStore
+    weights: Weights
+    frequency: np.ndarray | None
+    columns: np.ndarray
+    counts_ref: np.ndarray
+    set_of: np.ndarray
+    """(K,) which column of ones belongs to a score."""
+
+
+def load_model(spec: JobSpec, ctx: Context) -> Scoring | None:
+    params = Params.of(spec.params)
+    store = open_store(spec)
+    with ctx.stage("match"):
+        kept = [match for match in match_all(store, inputs_of(spec, "score"), params) if _passes(match, params)]
+    if not kept:
+        return None
+    weights = Weights.of(kept)
+    frozen = inputs_of(spec, "frequencies")
+    return scoring(store, weights, read_frequencies(frozen[0], store, weights.rows) if frozen else None)
+
+
+def scoring(store: GenotypeStore, weights: Weights, frequency: np.ndarray | None = None) -> Scoring:
+    marks = np.where(weights.used, np.where(weights.counts_ref, 2, 1), 0).astype(np.int8)
+    unique, set_of = np.unique(marks, axis=1, return_inverse=True)
+    columns = np.concatenate([weights.weight, (unique > 0).astype(np.float64)], axis=1)
+    counts_ref = np.concatenate([weights.counts_ref, unique == 2], axis=1)
+    return Scoring(store, weights, frequency, columns, counts_ref, set_of.reshape(-1))
+
+
+def read_frequencies(path: Path, store: GenotypeStore, rows: np.ndarray) -> np.ndarray:
+    """ALT frequencies of the store's `rows` from a table with plink2's .afreq columns; NaN where it has none."""
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        lines = [line.split() for line in file if not line.startswith("##")]
+    header = [name.lstrip("#") for name in lines[0]]
+    at = {name: header.index(name) for name in ("REF", "ALT", "ALT_FREQS")}
+    chrom, pos, name = (header.index(k) if k in header else -1 for k in ("CHROM", "POS", "ID"))
+    known: dict[Any, float] = {}
+    for row in lines[1:]:
+        key = (contig_name(row[chrom]), int(row[pos])) if pos >= 0 else row[name]
+        known[(key, row[at["REF"]], row[at["ALT"]])] = float(row[at["ALT_FREQS"]])
+        known[(key, row[at["ALT"]], row[at["REF"]])] = 1 - float(row[at["ALT_FREQS"]])
+    contig, position, alleles, ids = store.contig(), store.position(), store.alleles(), store.id()
+    found = np.full(len(rows), np.nan)
+    for k, r in enumerate(rows):
+        key = (store.contigs[contig[r]], int(position[r])) if pos >= 0 else str(ids[r])
+        found[k] = known.get((key, *alleles[r]), np.nan)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ run
+
+
+def run(part: Part, model: Scoring | None, ctx: Context) -> PartResult:
+    """Partial sums of the block: float64, one row a sample, one column a score or a set of counted alleles."""
+    if "refused" in part.params:
+        _refuse_low_match(part, ctx)
+    assert model is not None
+    start, stop = int(part.params["start"]), int(part.params["stop"])
+    sums, missing = score_rows(model, start, stop, str(part.params["missing"]), ctx.threads)
+    np.save(ctx.out / "sums.npy", sums)
+    np.save(ctx.out / "missing.npy", missing)
+    rows = model.weights.between(start, stop)
+    return PartResult({"variants": rows.stop - rows.start})
+
+
+def _refuse_low_match(part: Part, ctx: Context) -> None:
+    params = Params.of(ctx.spec.params)
+    match = scores.Index(GenotypeStore(Path(part.sources[1]))).match(
+        scores.read_score(Path(part.sources[0])), params.policy
+    )
+    reasons = {name: count for name, count in match.reasons().items() if name not in scores.MATCHED}
+    told = ", ".join(f"{count} {name}" for name, count in reasons.items())
+    raise refuse(
+        "LOW_MATCH",
+        f"{len(match.used)} of {len(match.status)} variants of {match.score.name} match ({match.rate:.1%};"
+        f" least {params.min_match:.0%}): {told}.",
+        part.inputs[0],
+        "Look at the match log: another build, other alleles, or genotypes that need imputation.",
+        rows=len(match.status), matched=len(match.used), **reasons,
+    )  # fmt: skip
+
+
+def score_rows(model: Scoring, start: int, stop: int, missing: str, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """(samples, columns) float64 sums of rows start … stop; (samples, sets) int64 matched rows that are missing.
+
+    Chunks are added in their order, whatever the number of threads: the same bits on any machine of one kind.
+    """
+    chunks = [
+        (a, b) for a, b in model.store.chunks(start, stop)
+        if (rows := model.weights.between(a, b)).stop > rows.start
+    ]  # fmt: skip
+    width = model.columns.shape[1]
+    sums = np.zeros((model.store.samples, width))
+    absent = np.zeros((model.store.samples, width - len(model.weights.names)))
+    if threads == 1 or len(chunks) == 1:
+        for a, b in chunks:
+            _add(sums, absent, _chunk(model, a, b, missing))
+        return sums, absent.astype(np.int64)
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = []
+        for a, b in chunks:
+            waiting.append(pool.submit(_chunk, model, a, b, missing))
+            if len(waiting) > threads:  # so many chunks are in memory, and no more
+                _add(sums, absent, waiting.pop(0).result())
+        for future in waiting:
+            _add(sums, absent, future.result())
+    return sums, absent.astype(np.int64)
+
+
+def _add(sums: np.ndarray, absent: np.ndarray, given: tuple[np.ndarray, np.ndarray]) -> None:
+    sums += given[0]
+    absent += given[1]
+
+
+def _chunk(model: Scoring, start: int, stop: int, missing: str) -> tuple[np.ndarray, np.ndarray]:
+    at = model.weights.between(start, stop)
+    rows = model.weights.rows[at] - start
+    samples = model.store.samples
+    packed = model.store.packed(start, stop)
+    packed = packed if len(rows) == len(packed) else packed[rows]
+    columns, ref = model.columns[at], model.counts_ref[at]
+    counted = bits.counts(packed, samples)
+    known = np.maximum(2 * counted[:, :3].sum(axis=1), 1)
+    frequency = (counted[:, 1] + 2 * counted[:, 2]) / known
+    if model.frequency is not None:
+        frozen = model.frequency[at]
+        frequency = np.where(np.isnan(frozen), frequency, frozen)
+    dosage = model.store.dosage(start, stop)
+    first_set = len(model.weights.names)
+    absent = np.zeros((samples, columns.shape[1] - first_set))
+    if dosage is not None:
+        return _from_dosage(
+            dosage[rows], columns, ref, frequency, missing, first_set, known=model.frequency is not None
+        )
+    some = np.flatnonzero(counted[:, 3])
+    if len(some):
+        absent = bits.missing_sums(packed[some], columns[some, first_set:], samples)
+    if columns.shape[1] <= _ONE_BY_ONE:
+        found = [
+            bits.score(
+                packed, _table(columns[:, k], ref[:, k], frequency, missing if k < first_set else "zero"), samples
+            )
+            for k in range(columns.shape[1])
+        ]
+        return np.stack(found, axis=1), absent
+    sums = _product(packed, np.where(ref, -columns, columns), 2 * frequency, samples)
+    sums += (2 * columns * ref).sum(axis=0)
+    if len(some):
+        # The product counted a missing genotype as its mean: where it is to count as nothing, take it out again.
+        nothing = slice(0 if missing == "zero" else first_set, None)
+        mean = np.where(ref, 2 - 2 * frequency[:, None], 2 * frequency[:, None])
+        sums[:, nothing] -= bits.missing_sums(packed[some], (columns * mean)[some, nothing], samples)
+    return sums, absent
+
+
+def _table(weight: np.ndarray, ref: np.ndarray, frequency: np.ndarray, missing: str) -> np.ndarray:
+    """(rows, 4) float32: what each code of a genotype adds to the score."""
+    copies = np.where(ref[:, None], [2.0, 1.0, 0.0], [0.0, 1.0, 2.0])
+    mean = np.where(ref, 2 - 2 * frequency, 2 * frequency) if missing == "mean" else np.zeros(len(weight))
+    return np.asarray(np.column_stack([copies, mean]) * weight[:, None], np.float32)
+
+
+def _product(packed: np.ndarray, signed: np.ndarray, mean: np.ndarray, samples: int) -> np.ndarray:
+    """(samples, columns) float64: copies of ALT times signed weights, by tiles that stay in the cache."""
+    import torch
+
+    width = packed.shape[1]
+    out = np.zeros((4 * width, signed.shape[1]))
+    table = np.column_stack([np.zeros(len(mean)), np.ones(len(mean)), np.full(len(mean), 2.0), mean]).astype(np.float32)
+    given = torch.from_numpy(np.ascontiguousarray(signed.T, np.float32))
+    packed = np.ascontiguousarray(packed)
+    tile = np.empty((_VARIANT_TILE, min(_SAMPLE_TILE, 4 * width)), np.float32)
+    for first in range(0, width, _SAMPLE_TILE // 4):
+        last = min(first + _SAMPLE_TILE // 4, width)
+        for row in range(0, len(packed), _VARIANT_TILE):
+            end = min(row + _VARIANT_TILE, len(packed))
+            view = tile[: end - row, : 4 * (last - first)]
+            bits.unpack_table(packed[row:end], table[row:end], first, view)
+            found = given[:, row:end] @ torch.from_numpy(view)
+            out[4 * first : 4 * last] += found.numpy().T
+    return np.asarray(out[:samples])
+
+
+def _from_dosage(
+    dosage: np.ndarray, columns: np.ndarray, ref: np.ndarray, frequency: np.ndarray, missing: str, first_set: int, *,
+    known: bool,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    copies = dosage_as_float(dosage).astype(np.float64)
+    lost = dosage == MISSING_DOSAGE
+    if not known:
+        with np.errstate(invalid="ignore"):
+            seen = (~lost).sum(axis=1)
+            frequency = np.where(lost, 0, copies).sum(axis=1) / np.maximum(2 * seen, 1)
+    copies = np.where(lost, 2 * frequency[:, None], copies)
+    sums = copies.T @ np.where(ref, -columns, columns) + (2 * columns * ref).sum(axis=0)
+    absent = lost.T.astype(np.float64) @ columns[:, first_set:]
+    nothing = slice(0 if missing == "zero" else first_set, None)
+    mean = np.where(ref, 2 - 2 * frequency[:, None], 2 * frequency[:, None])
+    sums[:, nothing] -= lost.T.astype(np.float64) @ (columns * mean)[:, nothing]
+    return sums, absent
+
+
+# ------------------------------------------------------------------------------------------------ reduce
+
+
+def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) -> Result:
+    done = sorted((item for item in results if "start" in item.part.params), key=lambda item: item.part.name)
+    model = load_model(ctx.spec, ctx)
+    expected = [part for part in plan(ctx.spec, state, ctx) if "start" in part.params]
+    if model is None or len(done) != len(expected):
+        raise refuse(
+            "SCORE_INCOMPLETE", f"{len(expected) - len(done)} of {len(expected)} blocks have no result: no sum is told.",
+            remedy="`permed results JOB` says why; resume the job when that is mended.",
+        )  # fmt: skip
+    sums = sum(np.load(item.folder / "sums.npy") for item in done)
+    absent = sum(np.load(item.folder / "missing.npy") for item in done)
+    count = len(model.weights.names)
+    reference = _reference(ctx.spec)
+    values: dict[str, Any] = {"samples": model.store.samples, "variants": len(model.weights.rows), "scores": {}}
+    distribution, figures = {}, []
+    for k, name in enumerate(model.weights.names):
+        which = int(model.set_of[k])
+        used = int(model.weights.used[:, k].sum())
+        alleles = 2 * used - 2 * absent[:, which]
+        of_all = Params.of(ctx.spec.params).missing == "mean"  # imputed ones count among those averaged over
+        own = _moments(sums[:, k])
+        mean, deviation = reference.get(name, own)["mean"], reference.get(name, own)["sd"]
+        z = (sums[:, k] - mean) / deviation if deviation > 0 else np.zeros(len(sums))
+        _write_sscore(
+            ctx.out / f"{name}.sscore", model.store, name, alleles, sums[:, count + which], sums[:, k],
+            sums[:, k] / np.maximum(2 * used if of_all else alleles, 1), z,
+        )  # fmt: skip
+        distribution[name] = own
+        picture = f"{name}.png"
+        plots.histogram(sums[:, k], ctx.out / picture, f"{name}: sum of weights")
+        figures.append((picture, f"{name}: {used} variants, {len(sums)} people"))
+        by = "reference" if name in reference else "cohort"
+        values["scores"][name] = {"variants": used, "normalised_by": by, **own}
+    write_json(ctx.out / "distribution.json", distribution)
+    return Result(values=values, metrics={"scores": float(count), "variants": float(len(model.weights.rows))},
+                  figures=figures, findings=_match_findings(ctx, model))  # fmt: skip
+
+
+def _reference(spec: JobSpec) -> Mapping[str, Any]:
+    given = inputs_of(spec, "reference")
+    return (read_json(given[0]) or {}) if given else {}
+
+
+def _moments(values: np.ndarray) -> dict[str, float]:
+    return {"mean": float(values.mean()), "sd": float(values.std(ddof=1)) if len(values) > 1 else 0.0}
+
+
+def _match_findings(ctx: Context, model: Scoring) -> list[Finding]:
+    params = Params.of(ctx.spec.params)
+    told = []
+    for match in match_all(model.store, inputs_of(ctx.spec, "score"), params):
+        reasons = match.reasons()
+        told.append(
+            Finding(
+                "SCORE_MATCH", f"{match.score.name}: {len(match.used)} of {len(match.status)} variants match.", "note",
+                numbers={"rows": len(match.status), **reasons},
+            )
+        )  # fmt: skip
+    return told
+
+
+def _write_sscore(
+    path: Path, store: GenotypeStore, name: str, alleles: np.ndarray, named: np.ndarray, total: np.ndarray,
+    average: np.ndarray, z: np.ndarray,
+) -> None:  # fmt: skip
+    with path.open("w", encoding="utf-8") as file:
+        file.write(f"#IID\tALLELE_CT\tNAMED_ALLELE_DOSAGE_SUM\t{name}_AVG\t{name}_SUM\t{name}_Z\n")
+        for k, sample in enumerate(store.sample_id):
+            numbers = f"{int(alleles[k])}\t{named[k]:.8g}\t{average[k]:.10g}\t{total[k]:.10g}\t{z[k]:.6g}"
+            file.write(f"{sample}\t{numbers}\n")
+
+
+WORKLOAD = Map(plan=plan, model=load_model, run=run, reduce=reduce, version=VERSION)
