@@ -21,6 +21,8 @@ CATALOG = {
     "omics/prs": "permed_compute.workloads.omics.prs:WORKLOAD",
     "omics/qc": "permed_compute.workloads.omics.qc:WORKLOAD",
     "pathology/convert": "permed_compute.workloads.pathology.stores:WORKLOAD",
+    "pathology/encode": "permed_compute.workloads.pathology.encode:WORKLOAD",
+    "pathology/tiles": "permed_compute.workloads.pathology.tiles:WORKLOAD",
     "radiology/brain-extraction": "permed_compute.workloads.radiology.infer:WORKLOAD",
 }
 """The workloads that ship, by the name that a job file gives."""
