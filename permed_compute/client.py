@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import fcntl
 import getpass
+import grp
 import os
+import pwd
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from permed_compute.admission.explain import Explanation
+from permed_compute.admission.fold import Picture
+from permed_compute.admission.top import Standing
 from permed_compute.errors import EngineError, NotFoundError, QueueError
 from permed_compute.execution.controller import Controller, ended
 from permed_compute.execution.device import local_node
@@ -157,6 +161,7 @@ class _Lead:
 
     settings: Settings
     queue: Queue
+    picture: Picture
     _controller: Controller | None = None
 
     def controller(self) -> Controller:
@@ -167,7 +172,8 @@ class _Lead:
             def announce(job: Job, state: JobState, exit_record: Mapping[str, Any] | None) -> None:
                 spool.put(record_of(job, state, home.job(job.id), wall_clock()))
 
-            controller = Controller(self.queue, make_executor(self.settings), home, self.settings, announce=announce)
+            executor = make_executor(self.settings)
+            controller = Controller(self.queue, executor, home, self.settings, announce=announce, picture=self.picture)
             controller.lead()
             self._controller = controller
         return self._controller
@@ -221,20 +227,36 @@ def open_client(settings: Settings | None = None) -> Iterator[Client]:
             return
         queue = open_queue(settings)
         stack.callback(queue.close)
-        lead = _Lead(settings, queue)
+        picture = Picture(queue, grace_ms=settings.grace * 1000)
+        lead = _Lead(settings, queue, picture)
         stack.callback(lead.close)
 
         def service_for(caller: Caller) -> JobService:
             return JobService(
-                queue, caller, lambda: (local_node(settings),), grace_ms=settings.grace * 1000, wake=lead.wake
+                queue, caller, lambda: (local_node(settings),), picture, settings.grace * 1000, wake=lead.wake
             )
 
         def on_call(peer: Peer, call: str, args: Mapping[str, Any]) -> Any:
-            return handle(service_for, Caller(peer.user, peer.uid in (0, os.getuid())), call, args)
+            return handle(
+                service_for, Caller(peer.user, peer.uid in (0, os.getuid()), groups_of(peer.user)), call, args
+            )
 
         stack.enter_context(Gateway(settings.paths.socket, on_call))
-        me = Caller(getpass.getuser(), operator=True)
+        me = Caller(getpass.getuser(), operator=True, groups=groups_of(getpass.getuser()))
         yield Client(settings, service_for(me), queue, lead)
+
+
+def groups_of(user: str) -> tuple[str, ...]:
+    """The operating system's groups of a user, by name."""
+    try:
+        ids = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
+    except KeyError:
+        return ()
+    names = []
+    for number in ids:
+        with suppress(KeyError):
+            names.append(grp.getgrgid(number).gr_name)
+    return tuple(names)
 
 
 def _join_or_lock(settings: Settings, stack: ExitStack) -> GatewayClient | None:
@@ -294,8 +316,17 @@ class RemoteService:
         row = self.gateway.call("why", job_id=job_id)
         return Explanation(
             row["job"], row["state"], row["code"], row["sentence"], row["change"], tuple(row["blockers"]),
-            row["estimate"], row["basis"],
+            row["estimate"], row["basis"], tuple(row["ahead"]),
         )  # fmt: skip
+
+    def top(self) -> Standing:
+        return Standing(**self.gateway.call("top"))
+
+    def preempt(self, job_id: str) -> Job:
+        return self._job("preempt", job_id)
+
+    def admin(self, reason: str, data: Mapping[str, Any]) -> Event:
+        return event_from_row(self.gateway.call("admin", reason=reason, data=data))
 
     def events(self, *, job_id: str | None = None, after: int = 0, limit: int | None = None) -> list[Event]:
         return [event_from_row(row) for row in self.gateway.call("events", job_id=job_id, after=after, limit=limit)]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from permed_compute.admission.decide import decide
 from permed_compute.admission.explain import Explanation, explain
-from permed_compute.admission.snapshot import Node, Policy, take
+from permed_compute.admission.fold import Picture
+from permed_compute.admission.permission import check
+from permed_compute.admission.policy import Policy
+from permed_compute.admission.snapshot import Node
+from permed_compute.admission.top import Standing, standing
 from permed_compute.errors import NotFoundError, PermissionDeniedError, StaleError, StateError
 from permed_compute.queue.port import Clock, Event, Job, Move, Queue, wall_clock
 from permed_compute.queue.rows import event_row, job_row
@@ -17,6 +21,12 @@ from permed_compute.states import ENDED, JobState
 
 _TRIES = 10
 """A job that the controller moves at the same moment is looked at again this often."""
+
+ADMIN = {
+    "policy": ("policy",), "drain": ("nodes",), "undrain": ("nodes",), "freeze": ("account",), "thaw": ("account",),
+    "reserve": ("window",), "unreserve": ("name",),
+}  # fmt: skip
+"""What an operator may rule, and what the ruling must say; `admission.fold` gives it its meaning."""
 
 _RESUMABLE = ENDED - {JobState.SUCCEEDED}
 
@@ -27,6 +37,8 @@ class Caller:
 
     name: str
     operator: bool
+    groups: tuple[str, ...] = ()
+    """Of the operating system; an account's members may be groups."""
 
 
 class Service(Protocol):
@@ -42,6 +54,9 @@ class Service(Protocol):
     def release(self, job_id: str) -> Job: ...
     def resume(self, job_id: str) -> Job: ...
     def why(self, job_id: str) -> Explanation: ...
+    def top(self) -> Standing: ...
+    def preempt(self, job_id: str) -> Job: ...
+    def admin(self, reason: str, data: Mapping[str, Any]) -> Event: ...
     def events(self, *, job_id: str | None = None, after: int = 0, limit: int | None = None) -> list[Event]: ...
 
 
@@ -52,14 +67,18 @@ class JobService:
     queue: Queue
     caller: Caller
     nodes: Callable[[], tuple[Node, ...]]
-    policy: Policy = field(default_factory=Policy)
+    picture: Picture | None = None
+    """The folded log, shared with the controller of this process."""
     grace_ms: int = 30_000
     clock: Clock = wall_clock
     wake: Callable[[], None] = lambda: None
 
     def submit(self, specs: Sequence[JobSpec], *, held: bool = False) -> list[Job]:
-        """Durable when this returns. Raises `NotFoundError` for a dependency that does not exist."""
+        """Durable when this returns. Raises `NotFoundError` for a dependency that does not exist, and
+        `PermissionDeniedError` for an account, band or purpose that the policy does not give to the caller."""
+        policy = self._policy()
         for spec in specs:
+            check(policy, spec, self.caller.name, self.caller.groups, self.clock())
             for other in spec.dependencies:
                 self.queue.job(other)
         jobs = self.queue.submit(specs, owner=self.caller.name, held=held)
@@ -113,13 +132,60 @@ class JobService:
 
     def why(self, job_id: str) -> Explanation:
         """Why the job is where it is: the decision that would be taken now, in words."""
+        snapshot, policy, _ = self._seen().see(self.clock(), self._nodes())
+        now = self.clock()
         job = self.queue.job(job_id)
-        jobs = self.queue.jobs(states=set(JobState) - ENDED)
-        wanted = {other for each in jobs if each.state is JobState.QUEUED for other in each.spec.dependencies}
-        states = {other: self.queue.job(other).state for other in wanted}
-        snapshot = take(self.nodes(), jobs, states, grace_ms=self.grace_ms)
-        plan = decide(snapshot, self.policy, self.clock())
-        return explain(job, plan, lambda other: self.queue.job(other).spec.name)
+        return explain(job, decide(snapshot, policy, now), snapshot, lambda other: self.queue.job(other).spec.name)
+
+    def top(self) -> Standing:
+        """Who uses what, who waits for what, and what starts when: the decision that would be taken now, as a table."""
+        now = self.clock()
+        snapshot, policy, _ = self._seen().see(now, self._nodes())
+        return standing(snapshot, policy, decide(snapshot, policy, now), now)
+
+    def preempt(self, job_id: str) -> Job:
+        """Stop a running job with its checkpoint and queue it again: an operator's hand on the scale."""
+        self._operator("preempt")
+
+        def step(job: Job) -> JobState | None:
+            if job.state is JobState.PREEMPTING:
+                return None
+            if job.state not in (JobState.RUNNING, JobState.LAUNCHING):
+                raise StateError(f"Job {job.id} is {job.state}: it does not run.", remedy="permed jobs --state running")
+            return JobState.PREEMPTING
+
+        return self._change(job_id, step, "preempted-by-operator")
+
+    def admin(self, reason: str, data: Mapping[str, Any]) -> Event:
+        """Record what an operator rules (`ADMIN`): decisions follow it from the next one on."""
+        if reason not in ADMIN:
+            raise NotFoundError(f"There is no ruling {reason!r}.", remedy=f"There are: {', '.join(ADMIN)}.")
+        self._operator(reason)
+        missing = [name for name in ADMIN[reason] if name not in data]
+        if missing:
+            raise NotFoundError(f"{reason} says no {missing[0]}.")
+        version = Policy.from_row(data["policy"]).version if reason == "policy" else ""
+        event = self.queue.note(reason, actor=self.caller.name, data=data, policy=version)
+        self.wake()
+        return event
+
+    def _operator(self, what: str) -> None:
+        if not self.caller.operator:
+            raise PermissionDeniedError(
+                f"Only an operator may {what}.", remedy="root, or the user that the controller runs as."
+            )
+
+    def _seen(self) -> Picture:
+        if self.picture is None:
+            self.picture = Picture(self.queue, grace_ms=self.grace_ms)
+        return self.picture
+
+    def _nodes(self) -> tuple[Node, ...]:
+        """What the controller saw last; before it has looked, this machine."""
+        return self._seen().look().nodes or self.nodes()
+
+    def _policy(self) -> Policy:
+        return self._seen().look().policy(self.clock())[0]
 
     def events(self, *, job_id: str | None = None, after: int = 0, limit: int | None = None) -> list[Event]:
         return self.queue.events(job_id=job_id, after=after, limit=limit)
@@ -147,7 +213,9 @@ class JobService:
 
 # ----------------------------------------------------------------------------------------- over the socket
 
-_CALLS = ("submit", "job", "jobs", "cancel", "hold", "release", "resume", "why", "events")
+_CALLS = (
+    "submit", "job", "jobs", "cancel", "hold", "release", "resume", "why", "events", "top", "preempt", "admin",
+)  # fmt: skip
 
 
 def handle(service_for: Callable[[Any], JobService], caller: Any, call: str, args: Mapping[str, Any]) -> Any:
@@ -168,4 +236,8 @@ def handle(service_for: Callable[[Any], JobService], caller: Any, call: str, arg
         return [event_row(event) for event in service.events(**values)]
     if call == "why":
         return service.why(values["job_id"]).as_dict()
+    if call == "top":
+        return service.top().as_dict()
+    if call == "admin":
+        return event_row(service.admin(values["reason"], values["data"]))
     return job_row(getattr(service, call)(values["job_id"]))

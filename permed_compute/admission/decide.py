@@ -91,7 +91,7 @@ class _Decision:
     def run(self) -> Plan:
         snapshot, policy, now = self.snapshot, self.policy, self.now
         # 1. Validity and holds: dependencies, back-off, frozen and unknown accounts.
-        ready = self._ready()
+        valid = self._ready()
 
         # 2. What is reserved and what is free: derived from live reservations and promises alone.
         self.tree = Tree(policy, now)
@@ -100,7 +100,7 @@ class _Decision:
             self.cluster.hold(job.grants, held_until(job, now))
             self.tree.add(job.account, job.uses)
         self.holders = sorted(snapshot.live, key=lambda job: (job.ends_by, job.job_id))
-        ready = self._promised(ready)
+        ready = self._promised(valid)
 
         # 3. Reclaim: what a lowered quota no longer covers, once the stated delay is over.
         self._drain_quotas()
@@ -112,8 +112,8 @@ class _Decision:
         for band in policy.bands:
             self._band([group for group in groups.values() if group.band is band], shares)
         for group in groups.values():
-            for job in group.passed_over:
-                self._wait(job, group.reason)
+            for passed in group.passed_over:
+                self._wait(passed, group.reason)
 
         # 8. Reasons for all that still wait, in order of submission; what nobody else wanted is charged little.
         if policy.grows:
@@ -162,7 +162,8 @@ class _Decision:
 
     def _promised(self, ready: list[Waiting]) -> list[Waiting]:
         """Start who has capacity promised to it and free; keep the others' promises from everybody else."""
-        rest, promised = [], []
+        rest: list[Waiting] = []
+        promised: list[Waiting] = []
         for job in ready:
             kept = job.promised and all(grant.node in self.cluster.rooms for grant in job.promised)
             (promised if kept else rest).append(job)

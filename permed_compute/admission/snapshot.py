@@ -305,9 +305,10 @@ def grants_of(job: Job) -> tuple[Grant, ...]:
 def reservation(job: Job, grace_ms: int) -> Reservation:
     """A live job and what it holds. One that is stopping is gone by the end of its grace."""
     spec, detail = job.spec, job.detail
-    began = int(detail.get("since", 0)) or job.started_at or job.changed_at
-    start = job.started_at or job.changed_at
-    ends_by = start + spec.time_limit * 1000 + grace_ms
+    # Before it runs, `started_at` may be of an earlier attempt.
+    fresh = job.state in (JobState.RESERVED, JobState.LAUNCHING)
+    began = job.changed_at if fresh else job.started_at or job.changed_at
+    ends_by = began + spec.time_limit * 1000 + grace_ms
     if job.state in (JobState.PREEMPTING, JobState.CANCELLING):
         ends_by = min(ends_by, job.changed_at + grace_ms)
     workers = spec.resources.workers

@@ -89,7 +89,7 @@ def preview(client: Client, spec: JobSpec) -> dict[str, Any]:
     )  # fmt: skip
     admission = next((each for each in plan.admissions if each.job_id == job.id), None)
     names = {other.id: other.spec.name for other in others}
-    said = explain(job, plan, lambda other: names.get(other, "")).as_dict()
+    said = explain(job, plan, None, lambda other: names.get(other, "")).as_dict()
     grants = admission.grants if admission else ()
     return {
         "name": spec.name, "workload": spec.workload, "digest": spec.digest(), "elements": max(1, len(spec.array)),

@@ -13,11 +13,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from permed_compute.admission.commit import clean, moves_of
 from permed_compute.admission.decide import decide
-from permed_compute.admission.snapshot import Admission, Policy, grants_of, take
+from permed_compute.admission.fold import Picture, node_row
+from permed_compute.admission.snapshot import Node, Plan, Policy, Preemption, grants_of
 from permed_compute.errors import EngineError, LeaseLostError, PermedError, StaleError
 from permed_compute.execution import failure, records
 from permed_compute.execution.context import raise_fence
@@ -26,6 +28,7 @@ from permed_compute.paths import HomePaths, read_json, write_json
 from permed_compute.queue.port import Clock, Job, Lease, Move, Queue, wall_clock
 from permed_compute.settings import Settings
 from permed_compute.states import ENDED, LIVE, JobState
+from permed_compute.storage import checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,8 @@ _QUIET_MS = 5_000
 """An attempt that shows no sign of life for this long is asked after (it beats every 2 s)."""
 _LOOK_AGAIN_MS = 2_000
 """Nodes come and go without an event: a decision that started nothing is taken again after this."""
+_CHECKPOINT_LOOK_MS = 30_000
+"""The log learns of a newer checkpoint at most this often per job; only preemption needs to know."""
 _POLL_S = 0.1
 
 
@@ -56,10 +61,16 @@ class Controller:
     executor: Executor
     home: HomePaths
     settings: Settings
-    policy: Policy = field(default_factory=Policy)
     clock: Clock = wall_clock
     announce: Announce = _nobody
+    picture: Picture | None = None
+    """The folded log, where others of this process look at it too."""
+    policy: Policy = field(default_factory=Policy)
+    """The one in force at the last decision: newest of the log, else open."""
     lease: Lease | None = None
+    _noted_nodes: tuple[Node, ...] | None = None
+    _looked_for_checkpoint: dict[str, int] = field(default_factory=dict)
+    _checkpoint_at: dict[str, int] = field(default_factory=dict)
     _wake: threading.Event = field(default_factory=threading.Event)
     _launched: set[str] = field(default_factory=set)
     _asked: dict[str, int] = field(default_factory=dict)
@@ -153,34 +164,54 @@ class Controller:
         head, now = self.queue.head()[0], self.clock()
         if head == self._settled_at and now < self._look_again_at:
             return False  # no event since a decision that started nothing: the same snapshot decides the same
-        jobs = self.queue.jobs(states=LIVE | {JobState.QUEUED})
-        if not any(job.state is JobState.QUEUED for job in jobs):
-            self._settled_at, self._look_again_at = head, now + _LOOK_AGAIN_MS
+        self._note_nodes()
+        snapshot, self.policy, jobs = self._seen().see(now)
+        plan = as_attempts_can(decide(snapshot, self.policy, now)) if snapshot.waiting else Plan("")
+        if not (plan.admissions or plan.preemptions or plan.promises):
+            due = [job.not_before for job in snapshot.waiting if job.not_before > now]
+            due += [job.deadline for job in snapshot.waiting if job.deadline > now]
+            self._settled_at, self._look_again_at = snapshot.seq, min([*due, now + _LOOK_AGAIN_MS])
             return False
-        wanted = {other for job in jobs if job.state is JobState.QUEUED for other in job.spec.dependencies}
-        states = {other: self.queue.job(other).state for other in wanted}
-        snapshot = take(self.executor.nodes(), jobs, states, grace_ms=self.settings.grace * 1000)
-        plan = decide(snapshot, self.policy, self.clock())
-        if not plan.admissions:
-            pauses = [int(job.detail.get("not_before", 0)) for job in jobs]
-            due = [pause for pause in pauses if pause > now]
-            self._settled_at, self._look_again_at = head, min([*due, now + _LOOK_AGAIN_MS])
-            return False
-        by_id = {job.id: job for job in jobs}
-        moves = [self._reserve(by_id[admission.job_id], admission) for admission in plan.admissions]
+        self._commit(decided(moves_of(plan, jobs.__getitem__, actor=self.name), plan, snapshot.seq, now), plan)
+        return True
+
+    def _seen(self) -> Picture:
+        if self.picture is None:
+            self.picture = Picture(self.queue, grace_ms=self.settings.grace * 1000)
+        return self.picture
+
+    def _note_nodes(self) -> None:
+        """What there is to reserve belongs into the log: without it no decision could be taken again."""
+        nodes = self.executor.nodes()
+        if nodes == self._noted_nodes:
+            return
+        state = self._seen().look()
+        if nodes != state.nodes or state.grace_ms != self.settings.grace * 1000:
+            rows = [node_row(node) for node in nodes]
+            self.queue.note("nodes", actor=self.name, data={"nodes": rows, "grace_ms": self.settings.grace * 1000})
+        self._noted_nodes = nodes
+
+    def _commit(self, moves: list[Move], plan: Plan) -> None:
+        """All at once. Where somebody moved one of the jobs meanwhile, once more without it and what hangs on it."""
         try:
             self.queue.apply(moves, lease=self.lease)
+            return
         except LeaseLostError:
             raise
         except StaleError:
-            log.info("plan dropped: a job it moves has changed")
-        return True
-
-    def _reserve(self, job: Job, admission: Admission) -> Move:
-        detail = {**job.detail, "grants": [asdict(grant) for grant in admission.grants], "why": admission.why}
-        return Move(
-            job.id, admission.version, JobState.RESERVED, "admitted", self.name, self.policy.version, detail=detail
-        )
+            log.info("a job of the plan has changed")
+        jobs = self._seen().look().jobs
+        gone = {move.job_id for move in moves if jobs[move.job_id].version != move.version}
+        for promise in plan.promises:  # a preemptor and its victims move together or not at all
+            together = {promise.job_id, *promise.victims}
+            if together & gone:
+                gone |= together
+        try:
+            self.queue.apply([move for move in moves if move.job_id not in gone], lease=self.lease)
+        except LeaseLostError:
+            raise
+        except StaleError:
+            log.info("plan dropped")
 
     # ------------------------------------------------------------------------------------- launch
 
@@ -225,6 +256,8 @@ class Controller:
             return self._stopping(job, attempt, self.settings.grace * 1000 if grace_ms is None else grace_ms)
         if job.state is JobState.LAUNCHING:
             return self._launching(job, attempt)
+        if job.state is JobState.RUNNING and self.policy.accounts:
+            self._note_checkpoint(job, attempt)
         if job.state is JobState.RUNNING and self._over_time(job):
             return self._out_of_time(job, attempt)
         return self._ask_engine(job, attempt)
@@ -234,6 +267,18 @@ class Controller:
             # An earlier controller wrote the intent; whether it launched nobody knows. Launching is idempotent.
             return self._start(job, attempt)
         return self._ask_engine(job, attempt)
+
+    def _note_checkpoint(self, job: Job, attempt: Attempt) -> None:
+        """How much work stopping this job would lose: preemption takes from whom it costs least."""
+        now = self.clock()
+        if now - self._looked_for_checkpoint.get(job.id, 0) < _CHECKPOINT_LOOK_MS:
+            return
+        self._looked_for_checkpoint[job.id] = now
+        newest = checkpoints.newest(attempt.paths.job.state)
+        at = int(newest.stat().st_mtime * 1000) if newest is not None else 0
+        if at > job.started_at and at > self._checkpoint_at.get(job.id, 0):
+            self._checkpoint_at[job.id] = at
+            self.queue.note("checkpoint", actor=self.name, data={"at": at}, job_id=job.id)
 
     def _ask_engine(self, job: Job, attempt: Attempt) -> bool:
         now = self.clock()
@@ -298,8 +343,9 @@ class Controller:
         if job.state is JobState.CANCELLING:
             return self._end_job(job, attempt, JobState.CANCELLED, "cancelled-by-user", None)
         if job.state is JobState.PREEMPTING:
-            to = JobState.HELD if job.reason == "interrupted" else JobState.QUEUED
-            self._move(job, to, job.reason, detail=_without_grants(job))
+            held = job.reason == "interrupted"
+            to, reason = (JobState.HELD, job.reason) if held else (JobState.QUEUED, "preempted")
+            self._move(job, to, reason, detail=_without_grants(job))
             return True
         why = (read_json(attempt.paths.stop) or {}).get("reason")
         if why != "time-limit":  # its executor was closed under it: it goes on where it stopped
@@ -360,7 +406,28 @@ class Controller:
 
 
 def _without_grants(job: Job) -> dict[str, Any]:
-    return {name: value for name, value in job.detail.items() if name not in ("grants", "not_before")}
+    return clean(job.detail)
+
+
+def as_attempts_can(plan: Plan) -> Plan:
+    """An attempt cannot lose workers while it runs: an elastic one that is to shrink is stopped and queued again, and
+    takes what is there when its turn comes; its finished parts are kept. None grows."""
+    asked = [resize for resize in plan.resizes if resize.for_job]
+    stops = [Preemption(each.job_id, each.version, each.for_job, "shrunk") for each in asked]
+    return replace(plan, preemptions=(*plan.preemptions, *stops), resizes=()) if plan.resizes else plan
+
+
+def decided(moves: list[Move], plan: Plan, seq: int, now: int) -> list[Move]:
+    """The moves, each with what it stands on: `permed replay-decisions` takes the decision again from this."""
+    passed = {admission.job_id: admission.passed for admission in plan.admissions}
+    victims = {promise.job_id: promise.victims for promise in plan.promises}
+    preemptor = {stop.job_id: (stop.for_job,) for stop in plan.preemptions if stop.for_job}
+    made = []
+    for move in moves:
+        about = passed.get(move.job_id) or victims.get(move.job_id) or preemptor.get(move.job_id) or ()
+        told = {"seq": seq, "now": now, "reason": move.reason, "about": list(about)}
+        made.append(replace(move, detail={**(move.detail or {}), "decision": told}))
+    return made
 
 
 def _said(job: Job, sentence: str) -> dict[str, Any]:

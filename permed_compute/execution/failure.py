@@ -18,6 +18,7 @@ REASONS = {
     "launch-failed": ("The engine did not start the attempt.", "`permed doctor` shows what the engine says."),
     "time-limit": ("It reached its time limit.", "Raise time_limit, then `permed resume`: finished parts are kept."),
     "code-error": ("The workload's code raised an exception.", "See `permed logs`."),
+    "preempted": ("It gave way to other work.", "Nothing: it goes on from its checkpoint when its turn comes."),
     "interrupted": ("It was interrupted.", "`permed resume` goes on where it stopped."),
 }
 """Code → (sentence, remedy). What a workload or executor says itself comes before these."""
