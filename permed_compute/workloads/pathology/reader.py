@@ -85,6 +85,10 @@ class Reader:
         for k in run:
             self._read(batch[k], way, float(places[k][0]), float(places[k][1]))
 
+    def level_of(self, mpp: float) -> int:
+        """The level that `read` takes for this resolution."""
+        return self._way(mpp).level
+
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()

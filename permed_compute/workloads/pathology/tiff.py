@@ -40,11 +40,9 @@ class TiffSlide(Closing):
             self._pages = _pyramid(self._tiff)
             self._read(path, mpp)
         except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-            self._tiff.close()
             refuse("UNREADABLE", f"The TIFF structure cannot be read ({type(error).__name__}).", "Copy it again.")
-        except BaseException:
+        finally:
             self._tiff.close()
-            raise
 
     def _read(self, path: Path, mpp: tuple[float, float] | None) -> None:
         with path.open("rb") as file:
@@ -65,6 +63,9 @@ class TiffSlide(Closing):
             for p in self._pages
         ]  # fmt: skip
         self._streams = [Stream(level.layout.tables, level.layout.rgb) for level in self.levels]
+        for page, level in zip(self._pages, self.levels, strict=True):
+            if not level.copyable:
+                _ = page.decode  # built from the file while it is open; tiles come from the map
         words = first.description or ""
         kind = "aperio-svs" if words.startswith("Aperio") else "tiled-tiff"
         icc = first.tags.get(_ICC)
@@ -93,9 +94,6 @@ class TiffSlide(Closing):
             refuse("UNREADABLE", f"A tile cannot be decoded ({type(error).__name__}).", "Copy the slide again.",
                    level=level, row=row, column=column)  # fmt: skip
         return halved(padded(decoded.reshape(decoded.shape[-3:]), layout.tile_h, layout.tile_w), halvings)
-
-    def close(self) -> None:
-        self._tiff.close()
 
 
 def _pyramid(tiff: Any) -> list[Any]:
