@@ -288,8 +288,9 @@ class RemoteService:
     gateway: GatewayClient
 
     def submit(self, specs: Sequence[JobSpec], *, held: bool = False) -> list[Job]:
-        rows = self.gateway.call("submit", specs=[spec.model_dump(mode="json") for spec in specs], held=held)
-        return [job_from_row(row) for row in rows]
+        rows = self.gateway.call("submit", specs=[spec.canonical() for spec in specs], held=held)
+        single = [spec.element(index) for spec in specs for index in range(max(1, len(spec.array)))]
+        return [job_from_row(row, spec) for row, spec in zip(rows, single, strict=True)]
 
     def job(self, job_id: str) -> Job:
         return self._job("job", job_id)

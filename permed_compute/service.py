@@ -13,10 +13,10 @@ from permed_compute.admission.permission import check
 from permed_compute.admission.policy import Policy
 from permed_compute.admission.snapshot import Node
 from permed_compute.admission.top import Standing, standing
-from permed_compute.errors import NotFoundError, PermissionDeniedError, StaleError, StateError
+from permed_compute.errors import NotFoundError, PermissionDeniedError, Problem, SpecError, StaleError, StateError
 from permed_compute.queue.port import Clock, Event, Job, Move, Queue, wall_clock
 from permed_compute.queue.rows import event_row, job_row
-from permed_compute.spec import JobSpec
+from permed_compute.spec import JobSpec, from_json
 from permed_compute.states import ENDED, JobState
 
 _TRIES = 10
@@ -225,8 +225,12 @@ def handle(service_for: Callable[[Any], JobService], caller: Any, call: str, arg
     service = service_for(caller)
     values = dict(args)
     if call == "submit":
-        specs = [JobSpec.model_validate(row) for row in values["specs"]]
-        return [job_row(job) for job in service.submit(specs, held=bool(values.get("held")))]
+        try:
+            specs = [from_json(text) for text in values["specs"]]
+        except ValueError as error:
+            raise SpecError("the submitted job", [Problem("spec", str(error).splitlines()[0])]) from None
+        # Without their specs, which the caller has: an array's answer would carry one per element.
+        return [job_row(job, spec=False) for job in service.submit(specs, held=bool(values.get("held")))]
     if call == "jobs":
         states = [JobState(state) for state in values["states"]] if values.get("states") is not None else None
         return [

@@ -41,6 +41,8 @@ _LOOK_AGAIN_MS = 2_000
 _CHECKPOINT_LOOK_MS = 30_000
 """The log learns of a newer checkpoint at most this often per job; only preemption needs to know."""
 _POLL_S = 0.1
+_LEAST_S = 0.02
+"""Between two rounds at least, so that a burst of submissions is looked at together."""
 
 
 class Announce(Protocol):
@@ -104,7 +106,10 @@ class Controller:
         if self.lease is None:
             self.lead()
         while not until():
+            began = time.monotonic()
             busy = self.tick()
+            # Half of the time at most: each submission wakes us, and looking at all must not keep the next one waiting.
+            time.sleep(max(_LEAST_S, time.monotonic() - began))
             self._wake.wait(0.0 if busy else _POLL_S)
             self._wake.clear()
 

@@ -18,21 +18,21 @@ _EVENT = (
 )  # fmt: skip
 
 
-def job_row(job: Job) -> dict[str, Any]:
-    """The job with its spec as nested JSON."""
+def job_row(job: Job, *, spec: bool = True) -> dict[str, Any]:
+    """The job with its spec as nested JSON, or without it."""
     row: dict[str, Any] = {name: getattr(job, name) for name in _JOB}
     row["state"] = job.state.value
-    row["spec"] = job.spec.model_dump(mode="json")
+    if spec:
+        row["spec"] = job.spec.model_dump(mode="json")
     row["detail"] = dict(job.detail)
     return row
 
 
-def job_from_row(row: Mapping[str, Any]) -> Job:
-    """The job that `job_row` wrote."""
+def job_from_row(row: Mapping[str, Any], spec: JobSpec | None = None) -> Job:
+    """The job that `job_row` wrote; `spec` where the row is without it."""
     fields = {name: row[name] for name in _JOB}
-    return Job(
-        **fields, state=JobState(row["state"]), spec=JobSpec.model_validate(row["spec"]), detail=dict(row["detail"])
-    )
+    own = spec or JobSpec.model_validate(row["spec"])
+    return Job(**fields, state=JobState(row["state"]), spec=own, detail=dict(row["detail"]))
 
 
 def event_row(event: Event) -> dict[str, Any]:
