@@ -92,9 +92,8 @@ def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part
 
 def _input(spec: JobSpec) -> Path:
     if len(spec.inputs) != 1:
-        raise SpecError(
-            "job", [Problem("inputs", f"{len(spec.inputs)} inputs.", remedy="Give one genotype file: its other files lie beside it.")]
-        )  # fmt: skip
+        remedy = "Give one genotype file: its other files lie beside it."
+        raise SpecError("job", [Problem("inputs", f"{len(spec.inputs)} inputs.", remedy=remedy)])
     path = Path(spec.inputs[0].path)
     if not path.exists():
         raise WorkloadError("The genotype file is not there.", remedy="Look at `inputs:`.")
@@ -357,17 +356,11 @@ def _second_round(results: Sequence[DonePart], params: Params, ctx: Context) -> 
     if sex.any():
         sex[sex == 0] = 2
     header = _header_of(file.samples, sex, seen, filters, params.build or file.build, "vcf", ctx)
-    return Next(
-        {
-            "layout": layout.as_dict(),
-            "rows": rows,
-            "contigs": seen,
-            "filters": filters,
-            "header": header,
-            "folders": [str(item.folder) for item in done],
-            "inputs": list(done[0].part.inputs),
-        }  # fmt: skip
-    )
+    following = {
+        "layout": layout.as_dict(), "rows": rows, "contigs": seen, "filters": filters, "header": header,
+        "folders": [str(item.folder) for item in done], "inputs": list(done[0].part.inputs),
+    }  # fmt: skip
+    return Next(following)
 
 
 def _note_duplicates(made: store.GenotypeStore, ctx: Context) -> None:

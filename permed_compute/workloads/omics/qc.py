@@ -134,7 +134,7 @@ def _count(store: GenotypeStore, part: int, ctx: Context) -> PartResult:
 
 
 def _of_people(packed: np.ndarray, kind: np.ndarray, counted: AlleleCounts, samples: int) -> np.ndarray:
-    """(7, samples): see `_PEOPLE`. Expected heterozygotes by the unbiased 2pq · 2n / (2n − 1), where both are called."""
+    """(7, samples): see `_PEOPLE`. Expected heterozygotes by the unbiased 2pq · 2n / (2n − 1) of what is called."""
     rows = []
     for wanted in (counting.AUTOSOME, counting.X):
         where = kind == wanted

@@ -184,7 +184,7 @@ def check_build(contigs: Sequence[str], last: dict[str, int], claimed: str, head
 
 
 class Bed:
-    """PLINK 1 `.bed`, `.bim`, `.fam`: the bed mapped into memory, its bytes translated to `packed2` by a table of 256."""
+    """PLINK 1 `.bed`, `.bim`, `.fam`: the bed mapped into memory, its bytes translated by a table of 256."""
 
     dosage = False
 
