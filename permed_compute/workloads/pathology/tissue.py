@@ -82,8 +82,8 @@ def overview(reader: Reader, mpp: float = VIEW_MPP) -> View:
 def detect(view: View) -> Tissue:
     """Tissue, pen and folds of a view."""
     from scipy import ndimage
-    from skimage.color import rgb2hsv
     from skimage import filters
+    from skimage.color import rgb2hsv
 
     rgb = ndimage.gaussian_filter(view.pixels.astype(np.float32), (1, 1, 0))
     density = -np.log10(np.clip(rgb, 1, 255) / 255).mean(2)
