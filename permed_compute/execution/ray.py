@@ -20,7 +20,7 @@ from typing import Any
 
 from permed_compute.admission.snapshot import Gpu, Grant, Node
 from permed_compute.errors import EngineError
-from permed_compute.execution import cores, processes
+from permed_compute.execution import cores, processes, raykeeper
 from permed_compute.execution.cores import cores_file
 from permed_compute.execution.device import flavor_of, local_node
 from permed_compute.execution.port import Attempt, Liveness
@@ -58,6 +58,7 @@ class RayExecutor:
         self._node = local_node(settings)
         self._local = None if settings.ray_address else LocalRay(home.runtime, self._node)
         self._bridge: Bridge | None = None
+        self._here: int | None = None
 
     # ------------------------------------------------------------------------------------- the port
 
@@ -72,6 +73,7 @@ class RayExecutor:
         if self._local is None:
             self._connected(self._address)
             return
+        self._say_here()
         session = self._local.find()
         if session is not None and not self._local.fits(session) and not self._attempts_here():
             session = None
@@ -129,6 +131,9 @@ class RayExecutor:
         if self._local is not None and not self._attempts_here():
             self.stop()
         self._disconnect()
+        if self._here is not None:
+            os.close(self._here)
+            self._here = None
 
     def stop(self) -> bool:
         """End the local Ray with everything in it. True once no process of it is left."""
@@ -141,7 +146,9 @@ class RayExecutor:
         """Names of actors and groups that Ray has. A local Ray that is dead has none, once its rest is ended."""
         if self._local is not None:
             session = self._local.find()
-            if session is None:
+            if session is not None:
+                self._say_here()
+            else:
                 self._disconnect()
                 if not self._local.stop():
                     raise EngineError("The local Ray is dead, and some of its processes cannot be ended.")
@@ -211,6 +218,12 @@ class RayExecutor:
                 self._home.runtime / "ray-bridge.log",
             )
         return self._bridge
+
+    def _say_here(self) -> None:
+        """Tell the session's keeper that a controller is there, for as long as this process lives or until `close`."""
+        if self._here is None:
+            self._home.runtime.mkdir(mode=0o700, exist_ok=True)
+            self._here = raykeeper.say_here(self._home.runtime)
 
     def _disconnect(self) -> None:
         if self._bridge is not None:

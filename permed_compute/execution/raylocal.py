@@ -20,8 +20,8 @@ from typing import Any
 
 from permed_compute.admission.snapshot import Node
 from permed_compute.errors import EngineError
-from permed_compute.execution import processes
-from permed_compute.execution.processes import SESSION_MARK, Process, ProcessTable
+from permed_compute.execution import processes, raykeeper
+from permed_compute.execution.processes import SESSION_MARK, Process
 from permed_compute.paths import read_json, write_json
 
 _START_TIMEOUT_S = 90
@@ -73,8 +73,8 @@ class Session:
 class LocalRay:
     """The one Ray of a home. `node` is what admission may give out: Ray is made as large, never larger."""
 
-    def __init__(self, runtime: Path, node: Node) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: Path, node: Node, lonely_s: float = raykeeper.LONELY_S) -> None:
+        self._runtime, self._lonely_s = runtime, lonely_s
         self._size = {
             "cpus": math.ceil(node.cpu_milli / 1000), "memory": node.memory, "gpus": len(node.gpus),
         }  # fmt: skip
@@ -110,6 +110,7 @@ class LocalRay:
             self.stop()
             raise EngineError(f"`ray start` failed (exit {code}).", remedy=f"Its words are in {output}.")
         write_json(self._record, asdict(session))
+        self._start_keeper()
         return session
 
     def stop(self) -> bool:
@@ -123,9 +124,7 @@ class LocalRay:
 
     def processes(self) -> list[Process]:
         """Every process of this home's Ray, jobs' processes included, present now."""
-        table = ProcessTable().look()
-        mark = str(self._runtime)
-        return [table.processes[pid] for pid, value in table.marked(SESSION_MARK).items() if value == mark]
+        return raykeeper.of_session(self._runtime)
 
     def environment(self) -> dict[str, str]:
         """For `ray start` and whoever connects. What only the controller needs to know is left out."""
@@ -133,6 +132,14 @@ class LocalRay:
             name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PERMED_"))
         }  # fmt: skip
         return inherited | _ENVIRONMENT | {"RAY_AUTH_TOKEN_PATH": str(self.token), SESSION_MARK: str(self._runtime)}
+
+    def _start_keeper(self) -> None:
+        words = [str(self._runtime), str(self._record), str(self._lonely_s)]
+        nowhere = subprocess.DEVNULL
+        subprocess.run(
+            [sys.executable, "-P", "-m", raykeeper.__name__, *words], env=self.environment(), cwd="/",
+            stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True, check=False,
+        )  # fmt: skip
 
     def _run_start(self, output: Path) -> int:
         with output.open("wb") as log:

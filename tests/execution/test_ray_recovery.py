@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from permed_compute.admission.snapshot import Node
 from permed_compute.errors import EngineError
-from permed_compute.execution import processes
+from permed_compute.execution import processes, raykeeper
 from permed_compute.execution.port import Attempt, Liveness
 from permed_compute.execution.ray import RayExecutor
 from permed_compute.execution.raylocal import LocalRay, Session
@@ -136,6 +139,35 @@ def test_a_runtime_folder_that_others_can_enter_is_refused(home: HomePaths) -> N
     executor = RayExecutor(Settings(home=str(home.root)), home)
     with pytest.raises(EngineError, match="not private"):
         executor.start()
+
+
+# ------------------------------------------------------------------------------------------- nobody comes back
+
+
+@pytest.fixture
+def lonely(home: HomePaths) -> Iterator[LocalRay]:
+    """A Ray whose keeper waits two seconds."""
+    ray = LocalRay(home.runtime, Node("local", 1000, 2048), lonely_s=2.0)
+    yield ray
+    assert ray.stop()
+
+
+def test_ray_ends_once_its_controller_is_dead_and_nobody_comes(home: HomePaths, lonely: LocalRay) -> None:
+    here = raykeeper.say_here(home.runtime)
+    session = lonely.start()
+    time.sleep(6.0)
+    assert session.lives()
+    assert len(lonely.processes()) >= 4
+    os.close(here)  # as the system does for a process that was killed
+    wait_for(lambda: lonely.processes() == [], "Ray to end by itself")
+
+
+def test_ray_ends_when_its_folder_is_removed(home: HomePaths, lonely: LocalRay) -> None:
+    here = raykeeper.say_here(home.runtime)
+    lonely.start()
+    shutil.rmtree(home.runtime)
+    wait_for(lambda: lonely.processes() == [], "Ray to end by itself")
+    os.close(here)
 
 
 # ------------------------------------------------------------------------------------------- adopted
