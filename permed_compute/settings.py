@@ -39,7 +39,7 @@ class Settings:
     tracking_uri: str = _setting("", "MLflow server or store; default SQLite in the home; `none` switches it off")
     grace: int = _setting(30, "seconds between asking an attempt to stop and ending it")
     heartbeat: int = _setting(30, "seconds without a sign of life before the engine is asked about an attempt")
-    lease: int = _setting(15, "seconds after which another controller may take over a silent one's queue")
+    lease: int = _setting(60, "seconds after which another controller may take over a silent one's queue")
     source: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
