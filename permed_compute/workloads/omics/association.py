@@ -17,6 +17,8 @@ from permed_compute.workloads.omics import packed as bits
 from permed_compute.workloads.omics.packed import compiled
 
 _TILE = 256
+_ALIASED = 1e-4
+"""Share of a genotype's variation that covariates must leave: below it, float32 products say nothing."""
 _SPA_FROM = 2.0
 """|z| from which the saddlepoint replaces the normal approximation (Dey 2017)."""
 
@@ -145,7 +147,7 @@ def linear(packed: np.ndarray, null: LinearNull) -> Tested:
     denominator = gg - np.einsum("vk,vk->v", on_basis, solved)
     degrees = coded.called - k - 1
     flat = (coded.total == 0) | (degrees < 1)
-    aliased = ~flat & (denominator < 1e-7 * np.maximum(gg, 1))
+    aliased = ~flat & (denominator < _ALIASED * gg)
     bad = flat | aliased
     with np.errstate(invalid="ignore", divide="ignore"):
         beta = np.where(bad, np.nan, on_y / denominator)
@@ -170,6 +172,8 @@ def _fit(  # noqa: C901 - compiled: calls between kernels would have to carry ev
     beta[:] = 0.0
     # Where an allele is in cases only, the penalised likelihood's maximum is approached by a constant factor a step.
     limit = 400 if firth else 60
+    damp = 1.0
+    last = np.zeros(k)
     for _ in range(limit):
         info = np.zeros((k, k))
         for i in range(n):
@@ -203,8 +207,12 @@ def _fit(  # noqa: C901 - compiled: calls between kernels would have to carry ev
                 gradient[a] += x[i, a] * r
         change = inverse @ gradient
         largest = np.abs(change).max()
-        if largest > 5.0:
-            change *= 5.0 / largest
+        if (change * last).sum() < 0 and largest > 0.5 * np.abs(last).max():
+            damp *= 0.5  # it swings about the maximum (Firth's, of an allele that one person carries)
+        last[:] = change
+        change *= damp
+        if damp * largest > 5.0:
+            change *= 5.0 / (damp * largest)
         beta += change
         covariance[:, :] = inverse
         if largest < (1e-6 if firth else 1e-9):
@@ -299,7 +307,7 @@ def _score(packed: np.ndarray, null: LogisticNull, coded: _Coded, flat: np.ndarr
     k = null.x.shape[1]
     u = products[:, 0]
     variance = gwg - np.einsum("vk,kl,vl->v", products[:, 1 : k + 1], null.inverse, products[:, 1 : k + 1])
-    aliased = ~flat & (variance <= 1e-7 * np.maximum(gwg, 1e-9))
+    aliased = ~flat & (variance <= _ALIASED * gwg)
     with np.errstate(invalid="ignore", divide="ignore"):
         z = np.where(flat | aliased, np.nan, u / np.sqrt(variance))
         beta, se = u / variance, 1 / np.sqrt(variance)

@@ -251,7 +251,8 @@ def _facts(
         "digest": digest.hexdigest(), "policy": asdict(policy), "build": store.build,
         "populations": list(members), "people": {name: len(people) for name, people in members.items()},
         "variants": int(new.any.sum()), "cells": int((new.an >= 0).sum()), "withheld": withheld,
-        "withdrawn": len(inputs_of(ctx.spec, "withdrawn")) > 0, "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "withdrawn": len(inputs_of(ctx.spec, "withdrawn")) > 0,
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "account": ctx.spec.account, "purpose": ctx.spec.purpose.value,
     }  # fmt: skip
 
@@ -266,7 +267,8 @@ def _table(store: GenotypeStore, new: Published, names: Sequence[str]) -> Any:
         {
             "chrom": [store.contigs[contig[row]] for row in rows], "pos": position[rows],
             "ref": alleles[rows, 0].tolist(), "alt": alleles[rows, 1].tolist(),
-            "population": [names[column] for column in columns.tolist()], "ac": ac, "an": an, "af": ac / np.maximum(an, 1),
+            "population": [names[column] for column in columns.tolist()], "ac": ac, "an": an,
+            "af": ac / np.maximum(an, 1),
         }
     )  # fmt: skip
 
@@ -317,8 +319,8 @@ def _write_beacon(
                     "variantType": "SNP" if len(ref) == len(alt) == 1 else "INDEL",
                 },
                 "frequencyInPopulations": [
-                    {"source": "permed_compute frequency register", "sourceReference": f"policy:{facts['policy']['name']}",
-                     "frequencies": shown}
+                    {"source": "permed_compute frequency register",
+                     "sourceReference": f"policy:{facts['policy']['name']}", "frequencies": shown}
                 ],
             }  # fmt: skip
             file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")

@@ -86,11 +86,7 @@ class Analysis:
     test: str
 
     def null(self, contig: str) -> LinearNull | LogisticNull:
-        """Raises `RefusedInput` LOCO_INCOMPLETE."""
-        found = self.nulls.get(contig, self.nulls.get(""))
-        if found is None:
-            raise refuse("LOCO_INCOMPLETE", f"The LOCO file has no line for chromosome {contig}.")
-        return found
+        return self.nulls[contig if contig in self.nulls else ""]
 
 
 def load_model(spec: JobSpec, ctx: Context) -> Analysis:
@@ -109,6 +105,11 @@ def load_model(spec: JobSpec, ctx: Context) -> Analysis:
     loco: dict[str, np.ndarray] = {}
     for file in inputs_of(spec, "loco"):
         loco = phenotypes.read_loco(file, store, ctx.pseudonym)
+        absent = [name for name in store.contigs if name not in loco]
+        if absent:
+            raise refuse(
+                "LOCO_INCOMPLETE", f"The LOCO file has no line for chromosome {absent[0]}.", chromosomes=len(absent)
+            )
     whole = np.isfinite(y)
     for _, values in columns:
         whole &= np.isfinite(values)
@@ -227,7 +228,8 @@ def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) 
     tested = values[np.isfinite(values)]
     inflation = _inflation(tested)
     told = {"tested": len(tested), "genome_wide": int(np.sum(tested < 5e-8)), "inflation": inflation,
-            "people": len(load_model(ctx.spec, ctx).people), "missing_blocks": store.layout.parts - len(done)}  # fmt: skip
+            "people": len(load_model(ctx.spec, ctx).people),
+            "missing_blocks": store.layout.parts - len(done)}  # fmt: skip
     figures = [("manhattan.png", f"{params.phenotype}: −log10 p along the genome"), ("qq.png", f"λ = {inflation:.3f}")]
     return Result(values=told, metrics={"tested": float(len(tested)), "inflation": inflation}, figures=figures)
 

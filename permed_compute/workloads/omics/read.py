@@ -366,7 +366,7 @@ def _dosage16(copies: np.ndarray) -> np.ndarray:
 
 
 def _psam(path: Path) -> tuple[list[str], np.ndarray]:
-    lines = [line.rstrip("\n") for line in path.open(encoding="utf-8") if not line.startswith("##")]
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("##")]
     if not lines or not lines[0].startswith("#"):
         return _fam(path)
     header = lines[0].lstrip("#").split()
