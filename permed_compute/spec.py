@@ -312,7 +312,7 @@ def loads(text: str, *, source: str = "<text>", overrides: Mapping[str, Any] | N
         raise SpecError(source, [Problem("file", what, line=mark.line + 1 if mark else 0)]) from None
     if not isinstance(data, dict):
         raise SpecError(source, [Problem("file", "a job is a mapping of keys to values", line=1)])
-    duplicates = list(_duplicate_keys(node, ()))
+    duplicates = list(duplicate_keys(node, ()))
     if duplicates:
         raise SpecError(source, duplicates)
     for key, value in (overrides or {}).items():
@@ -320,7 +320,7 @@ def loads(text: str, *, source: str = "<text>", overrides: Mapping[str, Any] | N
     try:
         return JobSpec.model_validate(data)
     except ValidationError as error:
-        lines = dict(_lines(node, ()))
+        lines = dict(key_lines(node, ()))
         raise SpecError(source, [_problem(row, lines) for row in error.errors()]) from None
 
 
@@ -333,7 +333,7 @@ def _lay_over(data: dict[str, Any], keys: list[str], value: Any) -> None:
     data[keys[-1]] = value
 
 
-def _lines(node: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], int]]:
+def key_lines(node: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], int]]:
     import yaml
 
     if node is None:
@@ -342,15 +342,15 @@ def _lines(node: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str |
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             yield (*path, key.value), key.start_mark.line + 1
-            for where, line in _lines(value, (*path, key.value)):
+            for where, line in key_lines(value, (*path, key.value)):
                 if where != (*path, key.value):
                     yield where, line
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            yield from _lines(value, (*path, index))
+            yield from key_lines(value, (*path, index))
 
 
-def _duplicate_keys(node: Any, path: tuple[str | int, ...]) -> Iterator[Problem]:
+def duplicate_keys(node: Any, path: tuple[str | int, ...]) -> Iterator[Problem]:
     import yaml
 
     if isinstance(node, yaml.MappingNode):
@@ -361,10 +361,10 @@ def _duplicate_keys(node: Any, path: tuple[str | int, ...]) -> Iterator[Problem]
             if key.value in seen:
                 yield Problem(_dotted(where), f"is written twice (first on line {seen[key.value]})", line=line)
             seen.setdefault(key.value, line)
-            yield from _duplicate_keys(value, where)
+            yield from duplicate_keys(value, where)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            yield from _duplicate_keys(value, (*path, index))
+            yield from duplicate_keys(value, (*path, index))
 
 
 def _dotted(path: tuple[str | int, ...]) -> str:

@@ -24,5 +24,5 @@ def test_every_state_can_be_reached_and_every_live_one_left() -> None:
 
 def test_success_is_final_and_a_refused_move_says_what_is_allowed() -> None:
     assert not ALLOWED[JobState.SUCCEEDED]
-    with pytest.raises(StateError, match="From QUEUED it can become CANCELLED, FAILED, HELD, RESERVED"):
+    with pytest.raises(StateError, match="From QUEUED it can become CANCELLED, FAILED, HELD, QUEUED, RESERVED"):
         check_move(JobState.QUEUED, JobState.RUNNING)

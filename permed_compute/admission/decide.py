@@ -22,7 +22,6 @@ from permed_compute.admission.preemption import Room, Victim, draining, make_roo
 from permed_compute.admission.quota import Tree, in_force, wanted_by
 from permed_compute.admission.snapshot import (
     ANY_GPU,
-    NEVER,
     Admission,
     Grant,
     Plan,
@@ -51,6 +50,17 @@ class _Reason:
     code: str
     blockers: tuple[str, ...] = ()
     numbers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A reserved start's hold on quotas: at `at`, so much is left beside it; it borrows at so many levels."""
+
+    job_id: str
+    account: str
+    at: int
+    left: dict[str, int]
+    borrows: int
 
 
 def decide(snapshot: Snapshot, policy: Policy, now: int) -> Plan:
@@ -85,8 +95,8 @@ class _Decision:
         """Live jobs by (account and those above it, flavor)."""
         self.just_used: dict[tuple[int, str], list[str]] = {}
         """The same of what this decision starts."""
-        self.behind: dict[tuple[str, str], tuple[str, int]] = {}
-        """(account, flavor) → the job that waits for the account's own quota, and when it will have it."""
+        self.quota_kept: list[_Kept] = []
+        """Of the quotas, for reserved starts."""
 
     def run(self) -> Plan:
         snapshot, policy, now = self.snapshot, self.policy, self.now
@@ -249,7 +259,7 @@ class _Decision:
         for flavor in self.cluster.meanings(need):
             if not self.cluster.capable(need, flavor):
                 continue
-            short = self._short_of_quota(job.account, need, flavor) if self.tree.names else None
+            short = self._short_of_quota(job.account, need, flavor) if self.tree.number else None
             if short is None:
                 if not self._is_full(need, flavor):
                     return True
@@ -308,7 +318,8 @@ class _Decision:
             queue.again()
             return
         # 6. A reserved start for the first K that wait for room, and for the oldest beyond them.
-        if outcome.code in ("capacity", "behind") and self._reserve(job, need, outcome):
+        own = outcome.numbers.get("what") == "quota"  # it fits, but its turn comes after one that has a start already
+        if outcome.code in ("capacity", "behind", "quota") and not own and self._reserve(job, need, outcome):
             group.next += 1
             self._penalize(job, need, shares)
             queue.again()
@@ -328,20 +339,17 @@ class _Decision:
             if not self.cluster.capable(need, flavor):
                 continue
             most = need.workers_max
-            if self.tree.names:
+            if self.tree.number:
                 outcome = self._short_of_quota(account, need, flavor)
                 if outcome is not None:
                     short = outcome if short is None or outcome.code == "quota" else short
-                    if outcome.code == "quota":
-                        self._quota_shadow(job, need, flavor, str(outcome.numbers["flavor"]))
                     continue
-                per_worker = wanted_by(need, flavor)
-                ahead = self._behind_own(job, per_worker, until)
+                ahead = self._delays(job, need, flavor, until)
                 if ahead:
                     short = _Reason("behind", (ahead,), {"what": "quota", "shorter": True})
                     continue
                 if most > 1:
-                    most, _ = self.tree.workers(account, per_worker, most)
+                    most, _ = self.tree.workers(account, wanted_by(need, flavor), most)
             placed = self._find(job, need, flavor, most, until)
             if isinstance(placed, tuple):
                 return self._admission(job, need, flavor, placed)
@@ -383,6 +391,10 @@ class _Decision:
         amounts = used_by(grants)
         self.cluster.hold(grants, until)
         self.tree.add(job.account, amounts)
+        for kept in self.quota_kept:
+            if until > kept.at:
+                for name in kept.left:
+                    kept.left[name] -= amounts.get(name, 0)
         for above in self.tree.path(self.tree.number.get(job.account, -1)):
             for name in amounts:
                 self.just_used.setdefault((above, name), []).append(job.job_id)
@@ -396,33 +408,44 @@ class _Decision:
 
     # ------------------------------------------------------------------------------------- quota
 
-    def _quota_shadow(self, job: Waiting, need: Need, flavor: str, limiting: str) -> None:
-        """The first of an account that waits for quota keeps those behind it from taking what will free for it."""
-        key = (job.account, limiting)
-        if key in self.behind:
-            return
-        amount = wanted_by(need, flavor, need.workers_min)[limiting]
-        figures, place = self.tree.flavors[limiting], self.tree.number[job.account]
-        short = amount - figures.available(place)
-        self.behind[key] = (job.job_id, NEVER)
+    def _quota_frees(self, account: str, need: Need, flavor: str) -> tuple[int, dict[str, int], int] | None:
+        """When the quotas allow the least workers, by the ends of what runs; what is then left beside them, and at how
+        many levels they would then borrow."""
+        wanted = wanted_by(need, flavor, need.workers_min)
+        governed = [name for name, amount in wanted.items() if amount and name in self.tree.flavors]
+        place = self.tree.number[account]
+        left = {name: self.tree.flavors[name].available(place) - wanted[name] for name in governed}
+        at, gone = self.now, []
         for held in self.holders:
-            if held.account == job.account:
-                short -= held.uses.get(limiting, 0)
-                if short <= 0:
-                    self.behind[key] = (job.job_id, held_until(held, self.now))
-                    return
+            if all(amount >= 0 for amount in left.values()):
+                break
+            if any(left[name] < 0 and held.uses.get(name) for name in governed):
+                self.tree.remove(held.account, held.uses)
+                gone.append(held)
+                at = held_until(held, self.now)
+                left = {name: self.tree.flavors[name].available(place) - wanted[name] for name in governed}
+        borrows = self.tree.borrows(account, wanted)
+        for held in gone:
+            self.tree.add(held.account, held.uses)
+        return (at, left, borrows) if all(amount >= 0 for amount in left.values()) else None
 
-    def _behind_own(self, job: Waiting, per_worker: dict[str, int], until: int) -> str:
-        """The job of the same account that waits for quota and would wait longer if this one started."""
-        for flavor, amount in per_worker.items():
-            ahead = self.behind.get((job.account, flavor)) if amount else None
-            if ahead is not None and until > ahead[1]:
-                return ahead[0]
+    def _delays(self, job: Waiting, need: Need, flavor: str, until: int) -> str:
+        """The reserved job whose quota this one would still hold at its start. Whoever stays within its guarantee
+        delays only who does so too."""
+        wanted = wanted_by(need, flavor, need.workers_min)
+        borrows: int | None = None
+        for kept in self.quota_kept:
+            if until <= kept.at or all(kept.left.get(name, amount) >= amount for name, amount in wanted.items()):
+                continue
+            if borrows is None:
+                borrows = self.tree.borrows(job.account, wanted)
+            if borrows >= kept.borrows or job.account == kept.account:
+                return kept.job_id
         return ""
 
     def _quota_holders(self, account: str, flavor: str) -> tuple[str, ...]:
         """Who uses what the account waits for: all in the branch whose limit it is, soonest end first."""
-        place = self.tree.number[str(self.tree.limit_of(account, flavor)["account"])]
+        place = self.tree.limiting(self.tree.number[account], flavor)
         if not self.using:
             for held in self.holders:
                 for above in self.tree.path(self.tree.number.get(held.account, -1)):
@@ -471,15 +494,20 @@ class _Decision:
                 return False
             self.elders.discard(job.kind)
         length = job.time_limit * 1000 + self.snapshot.grace_ms
-        best: tuple[int, tuple[Grant, ...]] | None = None
+        best: tuple[int, tuple[Grant, ...], dict[str, int], int] | None = None
         for flavor in self.cluster.meanings(need):
-            found = self.cluster.earliest(need, flavor, need.workers_max, job.account, self.now, length)
+            frees = self._quota_frees(job.account, need, flavor) if self.tree.number else (self.now, {}, 0)
+            if frees is None:
+                continue
+            found = self.cluster.earliest(need, flavor, need.workers_max, job.account, frees[0], length)
             if found is not None and (best is None or found[0] < best[0]):
-                best = found
+                best = (*found, frees[1], frees[2])
         if best is None:
             return False
-        at, grants = best
+        at, grants, left, borrows = best
         self.cluster.claim(job.job_id, grants, at, at + length)
+        if left:
+            self.quota_kept.append(_Kept(job.job_id, job.account, at, left, borrows))
         self.starts.append(Start(job.job_id, at, at + length, grants))
         nodes = {grant.node for grant in grants}
         before = [h.job_id for h in self.holders if h.ends_by <= at and any(g.node in nodes for g in h.grants)]

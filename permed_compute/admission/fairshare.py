@@ -16,8 +16,9 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
+from permed_compute.admission.placement import Need
 from permed_compute.admission.policy import Policy
-from permed_compute.admission.quota import Tree
+from permed_compute.admission.quota import Tree, wanted_by
 from permed_compute.admission.snapshot import NEVER, Reservation, Waiting
 from permed_compute.spec import Band
 
@@ -42,7 +43,7 @@ class Levels:
         """Of what the account's own jobs use, beside the accounts below it."""
 
     def _factor(self, place: int, flavor: str) -> tuple[int, int]:
-        quota = self._policy.accounts[place].quotas.get(flavor)
+        quota = self._policy.accounts[place].quotas.get(flavor) if place != self._tree.root else None
         weight = 1 if quota is None else quota.weight
         charge = self._policy.charge(flavor) * _SCALE
         return (charge, weight) if weight > 0 else (charge * _WEIGHTLESS, 1)
@@ -128,7 +129,11 @@ def slack(job: Waiting, now: int) -> int:
 
 
 class _Branch:
-    """An account with something waiting in or below it. Entries: (slack, level, what decides among equals, n, child)"""
+    """An account with something waiting in or below it.
+
+    Entries: (levels at which it borrows, slack, level, what decides among equals, number, child): an account whose next
+    job stays within its guarantee goes before one that borrows, the clinical band by slack, then fair share.
+    """
 
     __slots__ = ("heap", "levels", "place")
 
@@ -162,7 +167,7 @@ class FairQueue:
             above = self._branch(place) if own else self._branch(self._tree.parents[place])
             levels = self._shares.own if own else self._shares.level
             branch = self._branches[place, own] = _Branch(place, levels)
-            above.heap.append((0, 0, (), self._number(), branch))
+            above.heap.append((0, 0, 0, (), self._number(), branch))
         return self._branches[place, own]
 
     def _number(self) -> int:
@@ -174,16 +179,22 @@ class FairQueue:
         if head is None:
             return None
         urgency = slack(head, self._now) if group.band is Band.CLINICAL else 0
-        return (urgency, 0, (head.seq,), self._number(), group)
+        return (0, urgency, 0, (head.seq,), self._number(), group)
+
+    def _borrows(self, group: Group) -> int:
+        if not self._tree.number:
+            return 0
+        need = Need._make(group.kind[2])
+        return self._tree.borrows(group.account, wanted_by(need, need.flavors[0], need.workers_min))
 
     def _heapify(self, branch: _Branch) -> None:
         kept = []
         for entry in branch.heap:
-            child = entry[4]
+            child = entry[5]
             if isinstance(child, _Branch):
                 self._heapify(child)
                 if child.heap:
-                    kept.append(self._branch_entry(child, entry[3]))
+                    kept.append(self._branch_entry(child, entry[4]))
             else:
                 kept.append(entry)
         heapq.heapify(kept)
@@ -191,16 +202,21 @@ class FairQueue:
 
     def _branch_entry(self, child: _Branch, number: int) -> tuple[Any, ...]:
         first = child.heap[0]
-        return (first[0], child.levels[child.place], first[:3], number, child)
+        borrows = first[0] if isinstance(first[5], _Branch) else self._borrows(first[5])
+        return (borrows, first[1], child.levels[child.place], first[:4], number, child)
 
     def top(self) -> Group | None:
-        branch = self._root
-        while branch.heap:
-            child = branch.heap[0][4]
-            if not isinstance(child, _Branch):
-                return child
-            branch = child
-        return None
+        """The group whose turn it is, or None. What has begun to borrow since it was queued goes back first."""
+        while True:
+            branch, borrows = self._root, -1
+            while branch.heap and isinstance(branch.heap[0][5], _Branch):
+                borrows, branch = branch.heap[0][0], branch.heap[0][5]
+            if not branch.heap:
+                return None
+            group: Group = branch.heap[0][5]
+            if branch is self._root or self._borrows(group) == borrows:
+                return group
+            self._settle(self._root)
 
     def again(self) -> None:
         """The top group's head has been dealt with (`group.next` moved on, levels changed): put its path in order."""
@@ -211,10 +227,10 @@ class FairQueue:
         self._settle(self._root, drop=True)
 
     def _settle(self, branch: _Branch, *, drop: bool = False) -> None:
-        child = branch.heap[0][4]
+        child = branch.heap[0][5]
         if isinstance(child, _Branch):
             self._settle(child, drop=drop)
-            entry = self._branch_entry(child, branch.heap[0][3]) if child.heap else None
+            entry = self._branch_entry(child, branch.heap[0][4]) if child.heap else None
         else:
             entry = None if drop else self._group_entry(child)
         if entry is None:

@@ -8,9 +8,11 @@ what is free now stays free, so that only the few rooms that have some are looke
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import NamedTuple
 
-from permed_compute.admission.snapshot import ANY_GPU, CPU, Grant, Node, Reservation, Waiting, Window
+from permed_compute.admission.snapshot import ANY_GPU, CPU, NEVER, Grant, Node, Reservation, Waiting, Window
 
 
 class Need(NamedTuple):
@@ -198,6 +200,13 @@ class Cluster:
                 self._reopen(room)
         self._releases = None
 
+    @contextmanager
+    def what_if(self) -> Iterator[None]:
+        """Whatever is held or given back inside is undone again by the caller: the order of ends stays as it was."""
+        kept = self._releases
+        yield
+        self._releases = kept
+
     def claim(self, job_id: str, grants: Iterable[Grant], start: int, end: int) -> None:
         """Reserve a later start."""
         for grant in grants:
@@ -282,66 +291,83 @@ class Cluster:
     def earliest(
         self, need: Need, flavor: str, most: int, account: str, now: int, length: int
     ) -> tuple[int, tuple[Grant, ...]] | None:
-        """The first moment after `now` at which the least workers fit for `length` ms, and where.
+        """The first moment from `now` on at which the least workers fit for `length` ms, and where.
 
         A sweep over what ends: only the room in which something ends is counted again, so that the cost follows the
-        number of ends until it fits. Rooms with claims or windows are counted exactly once the sum would do.
+        number of ends until it fits. A room that a reserved start has entered meanwhile is found out by the exact
+        check that precedes the answer.
         """
-        rooms = [room for room in self._here.get(flavor, ()) if not room.closed]
         if not self.capable(need, flavor):
             return None
-        bare: dict[Room, Room] = {}
-        counts: dict[Room, int] = {}
-        for room in rooms:
-            counts[room] = room.count(need, flavor, most)
-        total = sum(counts.values())
-        here = set(counts)
-        ends = sorted({c.end for c in self.planned} | {w.end for room in rooms for w in room.windows})
-        moments = _merged(self.releases(), ends)
-        if ends:  # it may fit between two reservations before anything ends
-            at = now
-            if total >= need.workers_min and (
-                found := self._at(rooms, counts, need, flavor, most, account, at, length)
-            ):
+        rooms = [room for room in self._here.get(flavor, ()) if not room.closed]
+        sweep = _Sweep(rooms, need, flavor, most, account, length)
+        sweep.recount(now)
+        ends = sorted({(claim.end, claim.grant.node) for claim in self.planned} | {
+            (window.end, room.node.name) for room in rooms for window in room.windows
+        })  # fmt: skip
+        looked = False
+        for at, name, grant in chain(_merged(self.releases(), ends), [(NEVER, "", None)]):
+            if at > now and not looked:  # once all that ends by then has been counted
+                looked = True
+                if sweep.total >= need.workers_min and (found := sweep.grants(now)):
+                    return now, found
+            if at >= NEVER:
+                return None
+            sweep.ended(self.rooms[name], grant, max(at, now))
+            if at > now and sweep.total >= need.workers_min and (found := sweep.grants(at)):
                 return at, found
-        for at, name, grant in moments:
-            at = max(at, now + 1)
-            if grant is not None:
-                room = self.rooms[name]
-                if room not in here:
-                    continue
-                copy = bare.get(room)
-                if copy is None:
-                    copy = bare[room] = room._copy()
-                copy.take(grant, -1)
-                if room.cpu < 0 or counts[room] < most:
-                    total -= counts[room]
-                    counts[room] = copy.count(need, flavor, most)
-                    total += counts[room]
-            if total >= need.workers_min:
-                found = self._at(rooms, counts, need, flavor, most, account, at, length)
-                if found:
-                    return at, found
         return None
 
-    def _at(
-        self, rooms: list[Room], counts: dict[Room, int], need: Need, flavor: str, most: int, account: str, at: int,
-        length: int,
-    ) -> tuple[Grant, ...] | None:  # fmt: skip
-        offers: list[tuple[int, Room, Room]] = []
-        enough = 0
-        for room in rooms:
-            if not counts[room] and not room.claims:
-                continue
-            if room.windows and room.shut(account, at, at + length):
-                continue
-            seen = room.later(at, at + length)
-            count = seen.count(need, flavor, most)
-            if count:
-                offers.append((count, room, seen))
-                enough += count
+
+class _Sweep:
+    """How many workers fit into each room for `length` ms, as one job after another ends."""
+
+    def __init__(
+        self, rooms: list[Room], need: Need, flavor: str, most: int, account: str, length: int
+    ) -> None:  # fmt: skip
+        self._need, self._flavor, self._most = need, flavor, most
+        self._account, self._length = account, length
+        self._copies: dict[Room, Room] = {}
+        self.counts = dict.fromkeys(rooms, 0)
+        self.total = 0
+
+    def recount(self, at: int) -> None:
+        """All rooms, exactly as they are then."""
+        for room in self.counts:
+            self.counts[room] = self._count(room, at)
+        self.total = sum(self.counts.values())
+
+    def ended(self, room: Room, grant: Grant | None, at: int) -> None:
+        """A job, a reserved start or a window has ended there."""
+        if room not in self.counts:
+            return
+        if grant is not None:
+            copy = self._copies.get(room)
+            if copy is None:
+                copy = self._copies[room] = room._copy()
+            copy.take(grant, -1)
+            if self.counts[room] >= self._most:
+                return
+        self.total -= self.counts[room]
+        self.counts[room] = self._count(room, at)
+        self.total += self.counts[room]
+
+    def grants(self, at: int) -> tuple[Grant, ...] | None:
+        """Where the least workers would be from then on; None where a reserved start has come in between."""
+        self.recount(at)
+        if self.total < self._need.workers_min:
+            return None
+        offers = [(count, room, self._seen(room, at)) for room, count in self.counts.items() if count]
         # A reserved start keeps the least that it needs; growing beyond is for when it starts.
-        return _chosen(offers, need, flavor, need.workers_min) if enough >= need.workers_min else None
+        return _chosen(offers, self._need, self._flavor, self._need.workers_min)
+
+    def _count(self, room: Room, at: int) -> int:
+        if room.windows and room.shut(self._account, at, at + self._length):
+            return 0
+        return self._seen(room, at).count(self._need, self._flavor, self._most)
+
+    def _seen(self, room: Room, at: int) -> Room:
+        return room.later(at, at + self._length) if room.claims else self._copies.get(room, room)
 
 
 def _chosen(
@@ -371,17 +397,17 @@ def _spare(room: Room, flavor: str) -> tuple[int, int]:
 
 
 def _merged(
-    releases: list[tuple[int, str, Grant]], ends: list[int]
+    releases: list[tuple[int, str, Grant]], ends: list[tuple[int, str]]
 ) -> Iterator[tuple[int, str, Grant | None]]:  # fmt: skip
-    """Both in order of time; an end of a claim or window has no grant. All releases of a moment before its check."""
+    """Both in order of time: (when, node, what is released); the end of a claim or window releases nothing."""
     place = 0
     for at, name, grant in releases:
-        while place < len(ends) and ends[place] < at:
-            yield ends[place], "", None
+        while place < len(ends) and ends[place][0] < at:
+            yield (*ends[place], None)
             place += 1
         yield at, name, grant
-    for at in ends[place:]:
-        yield at, "", None
+    for end in ends[place:]:
+        yield (*end, None)
 
 
 def held_until(live: Reservation, now: int) -> int:

@@ -56,7 +56,8 @@ def make_room(
     for flavor in cluster.meanings(need):
         if cluster.capable(need, flavor):
             search = _Search(job, need, flavor, cluster, tree, policy, now, grace_ms)
-            found = search.run(running)
+            with cluster.what_if():
+                found = search.run(running)
             if found is not None:
                 return found
     return None

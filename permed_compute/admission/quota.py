@@ -76,16 +76,20 @@ class _Flavor:
 
 
 class Tree:
-    """A policy's accounts at one moment, and what they use. Flavors that no quota names are not limited."""
+    """A policy's accounts at one moment, and what they use. Flavors that no quota names are not limited.
+
+    All top accounts stand below one root, the pool: what a sector does not use, another may borrow.
+    """
 
     def __init__(self, policy: Policy, now: int = 0) -> None:
         accounts = policy.accounts
         self.number = {account.name: place for place, account in enumerate(accounts)}
-        self.names = [account.name for account in accounts]
-        self.parents = [self.number.get(account.parent, -1) for account in accounts]
+        self.root = len(accounts)
+        self.names = [*(account.name for account in accounts), "the pool"]
+        self.parents = [*(self.number.get(account.parent, self.root) for account in accounts), -1]
         self.inner = set(self.parents)
         """Accounts with others below them."""
-        self.min_runtime = [account.min_runtime for account in accounts]
+        self.min_runtime = [*(account.min_runtime for account in accounts), None]
         self._default_runtime = policy.min_runtime
         named = {flavor for account in accounts for flavor in account.quotas}
         self.depth_first = self._bottom_up()
@@ -102,9 +106,11 @@ class Tree:
         return sorted(range(len(self.parents)), key=lambda place: -depth[place])
 
     def _flavor(self, name: str, accounts: tuple[Account, ...], now: int) -> _Flavor:
-        size = len(accounts)
+        size = len(self.names)
         subtree, local, borrow = [0] * size, [0] * size, [UNLIMITED] * size
         for place in self.depth_first:
+            if place == self.root:
+                continue
             account = accounts[place]
             quota = account.quotas.get(name)
             if quota is not None and in_force(account, now):
@@ -113,8 +119,7 @@ class Tree:
                 borrow[place] = quota.borrowing_limit
             if quota is not None and quota.lending_limit is not None:
                 local[place] = max(0, subtree[place] - quota.lending_limit)
-            if self.parents[place] >= 0:
-                subtree[self.parents[place]] += subtree[place] - local[place]
+            subtree[self.parents[place]] += subtree[place] - local[place]
         return _Flavor(subtree, local, borrow, [0] * size, self)
 
     # ------------------------------------------------------------------------------------- usage
@@ -144,6 +149,20 @@ class Tree:
                     most, limiting = max(0, allowed), flavor
         return most, limiting
 
+    def borrows(self, account: str, amounts: Amounts) -> int:
+        """At how many levels below the pool the account would use more than the quota there, with these amounts."""
+        place = self.number.get(account)
+        if place is None:
+            return 0
+        return sum(
+            any(
+                amount and flavor in self.flavors
+                and self.flavors[flavor].used[above] + amount > self.flavors[flavor].subtree[above]
+                for flavor, amount in amounts.items()
+            )
+            for above in self.path(place)[:-1]
+        )  # fmt: skip
+
     def ever(self, account: str, amounts: Amounts) -> bool:
         """Could the account use so much if nobody used anything?"""
         place = self.number[account]
@@ -160,19 +179,24 @@ class Tree:
     def limit_of(self, account: str, flavor: str) -> dict[str, int | str]:
         """The figures that a sentence about a full quota needs: of the nearest account above that has run out."""
         figures, place = self.flavors[flavor], self.number[account]
-        left = figures.available(place)
-        limiting = self.path(place)[-1]
-        for above in self.path(place):  # the lowest that would have no more even if those above it had
-            ceiling = figures.subtree[above] + figures.borrow[above] - figures.used[above]
-            if figures.borrow[above] < UNLIMITED and ceiling <= left:
-                limiting = above
-                break
+        limiting = self.limiting(place, flavor)
         borrow = figures.borrow[limiting]
         return {
             "account": self.names[limiting], "flavor": flavor, "used": figures.used[limiting],
-            "quota": figures.subtree[limiting], "available": left,
+            "quota": figures.subtree[limiting], "available": figures.available(place),
             "borrowing_limit": -1 if borrow >= UNLIMITED else borrow,
         }  # fmt: skip
+
+    def limiting(self, place: int, flavor: str) -> int:
+        """The lowest account on the path that would have no more even if those above it had; at last the pool."""
+        figures = self.flavors[flavor]
+        left = figures.available(place)
+        for above in self.path(place)[:-1]:
+            if figures.borrow[above] < UNLIMITED:
+                ceiling = figures.subtree[above] + figures.borrow[above] - figures.used[above]
+                if ceiling <= left:
+                    return above
+        return self.root
 
     # ------------------------------------------------------------------------------------- relations
 

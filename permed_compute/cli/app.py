@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from permed_compute.cli import (
+    admin,
     audit,
     backup,
     catalog,
@@ -21,9 +22,13 @@ from permed_compute.cli import (
     gc,
     jobs,
     logs,
+    quota,
+    report,
     results,
+    simulate,
     status,
     submit,
+    top,
     validate,
     verify,
 )  # fmt: skip
@@ -52,6 +57,11 @@ for part in (
     verify,
 ):  # fmt: skip
     part.add_to(app)
+top.add_to(app)
+admin.add_to(app)
+simulate.add_to(app)
+app.add_typer(quota.app, name="quota")
+app.add_typer(report.app, name="report")
 app.add_typer(audit.app, name="audit")
 if find_spec("permed_compute.cli.bench") is not None:
     from permed_compute.cli import bench
