@@ -7,10 +7,10 @@ whole plan. The simulator commits by the same function on the same queue, so tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from permed_compute.admission.snapshot import Admission, Grant, Plan
+from permed_compute.admission.snapshot import Admission, Grant, Plan, Preemption
 from permed_compute.queue.port import Job, Move
 from permed_compute.states import JobState
 
@@ -36,6 +36,13 @@ def moves_of(plan: Plan, job_of: Callable[[str], Job], *, actor: str) -> list[Mo
         detail = {**job.detail, "promised": rows(promise.grants), "victims": list(promise.victims)}
         moves.append(Move(job.id, promise.version, JobState.QUEUED, "promised", actor, plan.policy, detail=detail))
     return moves + [_start(plan, job_of(admission.job_id), admission, actor) for admission in plan.admissions]
+
+
+def stopping_instead(plan: Plan) -> Plan:
+    """The plan for engines whose attempts cannot be resized: an elastic job that is to shrink is stopped and queued
+    again, and takes what is there when its turn comes; none grows."""
+    stops = [Preemption(each.job_id, each.version, each.for_job, "shrunk") for each in plan.resizes if each.for_job]
+    return replace(plan, preemptions=(*plan.preemptions, *stops), resizes=()) if plan.resizes else plan
 
 
 def _start(plan: Plan, job: Job, admission: Admission, actor: str) -> Move:

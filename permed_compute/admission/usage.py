@@ -53,6 +53,12 @@ class Spell:
     def ms(self) -> int:
         return self.end - self.start
 
+    def within(self, since: int, until: int) -> Spell:
+        """The part of it in that time."""
+        start, end = max(self.start, since), min(self.end, until)
+        wasted = max(0, end - max(start, self.end - self.wasted))
+        return replace(self, start=start, end=max(start, end), wasted=wasted)
+
 
 @dataclass(slots=True)
 class _Open:

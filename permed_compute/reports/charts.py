@@ -36,6 +36,50 @@ class Group:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One curve over a shared horizontal axis. tone: `accent` (ours) or `peer`."""
+
+    label: str
+    values: Sequence[float]
+    tone: str = "accent"
+
+
+_PLOT = 150
+
+
+def curves(lines: Sequence[Line], title: str, *, left: str, right: str, unit: str) -> Markup:
+    """Curves one under the other on one scale from zero, each filled below. `left`, `right`: ends of the axis."""
+    top_value = max((max(line.values, default=0.0) for line in lines), default=0.0) or 1.0
+    drawn, top = [], 0
+    for line in lines:
+        drawn.append(_curve(line, top, top_value, f"peak {max(line.values, default=0.0):.4g} {unit}".strip()))
+        top += _PLOT // 2 + 44
+    drawn.append(
+        Markup(
+            '<text class="note" x="0" y="{y}">{left}</text>'
+            '<text class="note" x="100%" y="{y}" text-anchor="end">{right}</text>'
+        ).format(y=top + 4, left=left, right=right)
+    )
+    return _svg(title, drawn, top + 14)
+
+
+def _curve(line: Line, top: int, scale: float, note: str) -> Markup:
+    count, height = max(2, len(line.values)), _PLOT // 2
+    points = " ".join(
+        f"{1000 * place / (count - 1):.1f},{100 - 100 * value / scale:.2f}" for place, value in enumerate(line.values)
+    )
+    return Markup(
+        '<text x="0" y="{text_y}">{label}</text>'
+        '<text class="value" x="100%" y="{text_y}" text-anchor="end">{note}</text>'
+        '<svg x="0" y="{y}" width="100%" height="{height}" viewBox="0 0 1000 100" preserveAspectRatio="none">'
+        '<rect class="track" width="1000" height="100"/>'
+        '<polygon class="bar {tone}" points="0,100 {points} 1000,100"/></svg>'
+    ).format(
+        text_y=top + 16, label=line.label, note=note, y=top + 24, height=height, tone=line.tone, points=points
+    )  # fmt: skip
+
+
 def horizontal_bars(bars: Sequence[Bar], title: str) -> Markup:
     """One bar under the other on one scale from zero. `title` is what a screen reader says first."""
     return _svg(title, [_rows(bars, top=0, scale=_longest(bars))], len(bars) * _ROW)
