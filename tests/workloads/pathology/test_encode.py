@@ -16,7 +16,7 @@ from permed_compute.workloads.pathology import encode, encoders, features, tiles
 from permed_compute.workloads.pathology.reader import Reader
 from permed_compute.workloads.pathology.source import open_slide
 
-from .made import pixels, write
+from .made import write
 
 
 @pytest.fixture(scope="module")
@@ -188,4 +188,3 @@ def test_the_shipped_jobs_are_valid_and_say_the_defaults(name):
     job = specs.load(Path(str(resources.files("permed_compute.jobs"))) / f"pathology/{name}/job.yaml")
     check = {"convert": stores.params_of, "tiles": tiles.params_of, "encode": encode.params_of}[name]
     assert job.workload == f"pathology/{name}" and check(job.params) == check({})
-    assert pixels is not None
