@@ -20,7 +20,7 @@ Read = Callable[[int, int, int], np.ndarray]
 
 
 def cases(quick: bool) -> list[Case]:
-    edge, count = (2048, 40) if quick else (10_240, 600)
+    edge, count = (2048, 40) if quick else (10_240, 320)
     readers = {
         "OpenSlide": openslide, "MONAI WSIReader": monai, "tifffile + zarr": tifffile,
         "zarr-python, same store": zarrs, "zarr-python, zstd": zarr_zstd, "tensorstore, zstd": tensorstore,

@@ -20,11 +20,13 @@ def export_v04(store: Path, target: Path) -> None:
     with StoreSlide(store) as slide:
         for number, level in enumerate(slide.levels):
             layout, folder = level.layout, target / str(number)
-            write_json(folder / ".zarray", {
+            array = {
                 "zarr_format": 2, "shape": [3, layout.height, layout.width],
-                "chunks": [3, layout.tile_h, layout.tile_w], "dtype": "|u1", "order": "C", "fill_value": FILL, "filters": None, "dimension_separator": "/",
+                "chunks": [3, layout.tile_h, layout.tile_w], "dtype": "|u1", "order": "C", "fill_value": FILL,
+                "filters": None, "dimension_separator": "/",
                 "compressor": {"id": "zstd", "level": 1, "checksum": False},
-            })  # fmt: skip
+            }  # fmt: skip
+            write_json(folder / ".zarray", array)
             for row in range(layout.rows):
                 (folder / "0" / str(row)).mkdir(parents=True, exist_ok=True)
                 for column in range(layout.columns):
