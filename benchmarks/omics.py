@@ -18,8 +18,8 @@ from benchmarks.harness import Case, LeftOutError
 
 TITLE = "Genotypes: scores, association, counts, sizes, conversion"
 WHY = (
-    "Cohorts of a quarter of a million people are read more often than anything else is done with them. Simulated people"
-    " with linkage (msprime; LD decides how well genotypes compress), with and without missing calls; the same"
+    "Cohorts of a quarter of a million people are read more often than anything else is done with them. Simulated"
+    " people with linkage (msprime; LD decides how well genotypes compress), with and without missing calls; the same"
     " variants, weights and covariates for everybody; every figure is CPU seconds (user and system, of the process and"
     " its children), because machines are shared; both sides read their own format from the disk cache and use one"
     " thread. Scores are compared with plink2's each time. plink2 is Debian's (2.00a3.5, 2022): newer ones are faster."
@@ -249,11 +249,11 @@ class _Rig:
     def plink_linear(self, name: str) -> float:
         self.store(name)
         return _timed(
-            lambda: self._plink(self.folder, "--pfile", name, "--glm", "hide-covar", "--covar", "p.txt", "--covar-name", "c0-c4",
-                                "--pheno", "p.txt", "--pheno-name", "y", "--out", f"g-{name}")
+            lambda: self._plink(self.folder, "--pfile", name, "--glm", "hide-covar", "--covar", "p.txt",
+                                "--covar-name", "c0-c4", "--pheno", "p.txt", "--pheno-name", "y", "--out", f"g-{name}")
         )  # fmt: skip
 
-    # ----------------------------------------------------------------------------------------- counts, sizes, conversion
+    # ----------------------------------------------------------------------------------------- counts, sizes
 
     def counts(self) -> float:
         from permed_compute.workloads.omics import packed as bits

@@ -19,6 +19,7 @@ from permed_compute.cli import (
     convert,
     demo,
     doctor,
+    frequency,
     gc,
     jobs,
     logs,
@@ -63,6 +64,7 @@ simulate.add_to(app)
 app.add_typer(quota.app, name="quota")
 app.add_typer(report.app, name="report")
 app.add_typer(audit.app, name="audit")
+app.add_typer(frequency.app, name="frequency")
 if find_spec("permed_compute.cli.bench") is not None:
     from permed_compute.cli import bench
 

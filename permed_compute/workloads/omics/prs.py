@@ -309,29 +309,46 @@ def _chunk(model: Scoring, start: int, stop: int, missing: str) -> tuple[np.ndar
         frequency = np.where(np.isnan(frozen), frequency, frozen)
     dosage = model.store.dosage(start, stop)
     first_set = len(model.weights.names)
-    absent = np.zeros((samples, columns.shape[1] - first_set))
     if dosage is not None:
         return _from_dosage(
             dosage[rows], columns, ref, frequency, missing, first_set, known=model.frequency is not None
         )
     some = np.flatnonzero(counted[:, 3])
-    if len(some):
-        absent = bits.missing_sums(packed[some], columns[some, first_set:], samples)
-    if columns.shape[1] <= _ONE_BY_ONE:
-        found = [
-            bits.score(
-                packed, _table(columns[:, k], ref[:, k], frequency, missing if k < first_set else "zero"), samples
-            )
-            for k in range(columns.shape[1])
-        ]
-        return np.stack(found, axis=1), absent
+    if columns.shape[1] - first_set > _ONE_BY_ONE:
+        return _by_product(packed, columns, ref, frequency, missing, first_set, samples, some)
+    marks = [_marks(columns[:, k], ref[:, k]) for k in range(first_set, columns.shape[1])]
+    if first_set <= _ONE_BY_ONE:
+        given = [_table(columns[:, k], ref[:, k], frequency, missing) for k in range(first_set)]
+        sums = bits.score(packed, given + marks, samples)
+    else:
+        product, _ = _by_product(
+            packed, columns[:, :first_set], ref[:, :first_set], frequency, missing, first_set, samples, some
+        )
+        sums = np.column_stack([product, bits.score(packed, marks, samples)])
+    absent = np.floor(sums[:, first_set:] / bits.MARK)
+    sums[:, first_set:] -= absent * bits.MARK
+    return sums, absent
+
+
+def _marks(used: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    """(rows, 4) float32: copies of the counted allele, and `MARK` for a missing call; nothing where a row is not used."""
+    copies = np.where(ref[:, None], [2.0, 1.0, 0.0, bits.MARK], [0.0, 1.0, 2.0, bits.MARK])
+    return (copies * used[:, None]).astype(np.float32)
+
+
+def _by_product(
+    packed: np.ndarray, columns: np.ndarray, ref: np.ndarray, frequency: np.ndarray, missing: str, first_set: int,
+    samples: int, some: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """All columns by one matrix product; `some`: rows with missing calls, which it counts as the mean."""
     sums = _product(packed, np.where(ref, -columns, columns), 2 * frequency, samples)
     sums += (2 * columns * ref).sum(axis=0)
-    if len(some):
-        # The product counted a missing genotype as its mean: where it is to count as nothing, take it out again.
-        nothing = slice(0 if missing == "zero" else first_set, None)
+    absent = np.zeros((samples, columns.shape[1] - first_set))
+    nothing = slice(0 if missing == "zero" else first_set, columns.shape[1])
+    if len(some) and nothing.start < nothing.stop:
         mean = np.where(ref, 2 - 2 * frequency[:, None], 2 * frequency[:, None])
         sums[:, nothing] -= bits.missing_sums(packed[some], (columns * mean)[some, nothing], samples)
+        absent = bits.missing_sums(packed[some], columns[some, first_set:], samples)
     return sums, absent
 
 

@@ -138,8 +138,8 @@ def test_scores_by_every_route(plink2, dummy, tmp_path, count):
 
 def test_linear_also_on_rare_variants(plink2, linked, tmp_path):
     root, made = linked
-    run(plink2, root, "--pfile", "m", "--glm", "hide-covar", "cols=+a1freq", "--covar", "p.txt", "--covar-name", "c0-c2",
-        "--pheno", "p.txt", "--pheno-name", "y", "--out", "g")  # fmt: skip
+    run(plink2, root, "--pfile", "m", "--glm", "hide-covar", "cols=+a1freq", "--covar", "p.txt",
+        "--covar-name", "c0-c2", "--pheno", "p.txt", "--pheno-name", "y", "--out", "g")  # fmt: skip
     ours, theirs = associated(made, root, tmp_path, "y", "linear"), read(root / "g.y.glm.linear")
     frequency, beta, se, p = compared(ours, theirs)
     assert (frequency < 0.005).sum() > 100
