@@ -139,7 +139,8 @@ class _Reader:
             if name in row:
                 listed = row[name] if isinstance(row[name], list) else [row[name]]
                 found = [self._choice((*where, name), each, kind) for each in listed]
-                member = replace(member, **{name: tuple(each for each in found if each is not None)})
+                known = tuple(each for each in found if each is not None)
+                member = replace(member, bands=known) if kind is Band else replace(member, purposes=known)
         return member
 
     # ------------------------------------------------------------------------------------- accounts

@@ -69,11 +69,10 @@ def reserve(
 
     Example: permed reserve kernel gpu-07 --from 2026-12-01T06:00+01:00 --until 2026-12-01T10:00+01:00
     """
-    window = {
-        "name": name, "nodes": nodes, "start": _moment(start), "end": _moment(end), "accounts": list(accounts or ()),
-    }  # fmt: skip
-    if window["end"] <= window["start"]:
+    begins, ends = _moment(start), _moment(end)
+    if ends <= begins:
         raise typer.BadParameter(f"{end} is not after {start}.")
+    window = {"name": name, "nodes": nodes, "start": begins, "end": ends, "accounts": list(accounts or ())}
     _rule(ctx, "reserve", {"window": window}, f"reserved: {name} on {', '.join(nodes)}")
 
 

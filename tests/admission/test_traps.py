@@ -218,7 +218,7 @@ def test_shares_of_a_device_and_mig_slices_are_flavors_of_their_own() -> None:
 def test_the_first_that_waits_for_quota_is_not_passed_by_its_own_account_for_ever() -> None:
     own = policy(account("a", 4, borrowing_limit=0), account("b", 4))
     live = [runs("r", "a", range(3))]
-    plan = decide(snapshot([node()], [job(1, "a", 4), job(2, "a", time_limit=86_400), job(3, "a", time_limit=60)], live),
-                  own, NOW)  # fmt: skip
+    jobs = [job(1, "a", 4), job(2, "a", time_limit=86_400), job(3, "a", time_limit=60)]
+    plan = decide(snapshot([node()], jobs, live), own, NOW)
     assert started(plan) == ["job-3"]
     assert reason(plan, "job-1") == "quota" and reason(plan, "job-2") == "behind"

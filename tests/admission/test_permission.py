@@ -1,0 +1,62 @@
+"""Nobody may claim an account, a band or a purpose that is not theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from permed_compute.admission.permission import check
+from permed_compute.admission.policy import Account, Member, Policy
+from permed_compute.admission.snapshot import Node
+from permed_compute.errors import PermissionDeniedError
+from permed_compute.queue.memory import MemoryQueue
+from permed_compute.service import Caller, JobService
+from permed_compute.spec import Band, JobSpec, Purpose
+
+POLICY = Policy(
+    accounts=(
+        Account("helse", members=(Member(group="radiologi", bands=(Band.CLINICAL,), purposes=(Purpose.CARE,)),)),
+        Account("helse/nord", parent="helse", members=(Member(user="kari"),)),
+        Account("closed", members=(Member(user="kari"),), effective_until=5),
+    )
+).sealed()
+
+
+def spec(account: str, **changes: Any) -> JobSpec:
+    return JobSpec.model_validate({"name": "j", "workload": "m:f", "account": account, **changes})
+
+
+def test_members_of_an_account_and_of_those_above() -> None:
+    check(POLICY, spec("helse/nord"), "kari", (), 10)
+    check(POLICY, spec("helse/nord", band="clinical", purpose="care"), "ola", ("radiologi",), 10)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (spec("helse"), "not a member"),
+        (spec("helse/nrd"), "Yours: closed, helse/nord."),
+        (spec("closed"), "not in force"),
+        (spec("helse/nord", band="clinical"), "Bands open to you there: opportunistic, research."),
+        (spec("helse/nord", purpose="care"), "Purposes open to you there: research."),
+    ],
+)
+def test_refused_with_what_is_open(asked: JobSpec, says: str) -> None:
+    with pytest.raises(PermissionDeniedError) as refused:
+        check(POLICY, asked, "kari", (), 10)
+    assert says in str(refused.value)
+
+
+def test_without_a_policy_everybody_may_use_local_and_with_one_the_service_refuses() -> None:
+    queue = MemoryQueue()
+    service = JobService(queue, Caller("kari", operator=False), lambda: (Node("n", 1000, 1024),))
+    service.submit([spec("local")])
+    with pytest.raises(PermissionDeniedError):
+        service.admin("policy", {"policy": POLICY.row()})
+    operator = JobService(queue, Caller("root", operator=True), lambda: ())
+    operator.admin("policy", {"policy": POLICY.row()})
+    with pytest.raises(PermissionDeniedError):
+        service.submit([spec("local")])
+    service.submit([spec("helse/nord")])
+    assert [event.reason for event in queue.events() if event.action == "NOTED"] == ["policy"]
