@@ -62,19 +62,11 @@ class Watched:
     """`permed run` as a process; `peak`: most resident bytes of it and all that it started."""
 
     def __init__(self, job: Path, home: Path) -> None:
-        words = [
-            sys.executable,
-            "-m",
-            "permed_compute.cli",
-            "--home",
-            str(home),
-            "--executor",
-            "inprocess",
-            "run",
-            str(job),
-        ]
-        self.process = subprocess.Popen([*words, str(job)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                        env={**os.environ, "PERMED_TRACKING_URI": "none"}, start_new_session=True)  # fmt: skip
+        words = [sys.executable, "-m", "permed_compute.cli", "--home", str(home), "--executor", "inprocess", "run"]
+        self.process = subprocess.Popen(
+            [*words, str(job)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, "PERMED_TRACKING_URI": "none"},
+        )  # fmt: skip
         self.peak = 0
 
     def look(self) -> bool:

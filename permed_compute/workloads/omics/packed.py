@@ -224,10 +224,10 @@ def score(packed: np.ndarray, tables: Sequence[np.ndarray], samples: int) -> np.
     packed = np.ascontiguousarray(packed)
     nothing = np.zeros((len(packed), 4), np.float32)
     for k in range(0, len(tables), 2):
-        both = [np.ascontiguousarray(table, np.float32) for table in (*tables[k : k + 2], nothing)[:2]]
+        first, second = (np.ascontiguousarray(table, np.float32) for table in (*tables[k : k + 2], nothing)[:2])
         total = np.zeros((packed.shape[1], 8))
         if len(packed):
-            _score(packed, *both, total)
+            _score(packed, first, second, total)
         for j in range(min(2, len(tables) - k)):
             out[:, k + j] = total[:, 4 * j : 4 * j + 4].reshape(-1)[:samples]
     return out

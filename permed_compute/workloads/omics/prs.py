@@ -331,9 +331,9 @@ def _chunk(model: Scoring, start: int, stop: int, missing: str) -> tuple[np.ndar
 
 
 def _marks(used: np.ndarray, ref: np.ndarray) -> np.ndarray:
-    """(rows, 4) float32: copies of the counted allele, and `MARK` for a missing call; nothing where a row is not used."""
+    """(rows, 4) float32: copies of the counted allele, `MARK` for a missing call; nothing where a row is not used."""
     copies = np.where(ref[:, None], [2.0, 1.0, 0.0, bits.MARK], [0.0, 1.0, 2.0, bits.MARK])
-    return (copies * used[:, None]).astype(np.float32)
+    return np.asarray(copies * used[:, None], np.float32)
 
 
 def _by_product(
