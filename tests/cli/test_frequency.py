@@ -14,7 +14,7 @@ def study(tmp_path: Path) -> Path:
     rng = np.random.default_rng(1)
     names = [f"person{k}" for k in range(300)]
     lines = ["##fileformat=VCFv4.3", "##contig=<ID=1>", '##FORMAT=<ID=GT,Number=1,Type=String,Description="G">']
-    lines.append("\t".join("#CHROM POS ID REF ALT QUAL FILTER INFO FORMAT".split() + names))
+    lines.append("\t".join(["#CHROM", "POS", "ID", "REF", "ALT", "QUAL", "FILTER", "INFO", "FORMAT", *names]))
     for k in range(30):
         calls = rng.choice(["0/0", "0/1", "1/1"], 300, p=[0.6, 0.3, 0.1])
         lines.append("\t".join(["1", str(100 + k), ".", "A", "C", ".", ".", ".", "GT", *calls]))
