@@ -16,16 +16,15 @@ MODULES = load_benchmarks(Path(__file__).resolve().parents[2] / "benchmarks", []
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_every_benchmark_says_what_it_is_for_and_has_ours_and_a_peer_in_each_group(name: str) -> None:
+def test_every_benchmark_says_what_it_is_for_and_measures_ours_in_each_group(name: str) -> None:
     module = MODULES[name]
     cases = module.cases(True)
     assert module.TITLE
     assert "Goal" in module.WHY
     for group in {case.group for case in cases}:
         members = [case for case in cases if case.group == group]
-        assert {case.peer for case in members} == {True, False}
+        assert any(not case.peer for case in members)
         assert len({case.name for case in members}) == len(members)
-        assert all(case.close is not None for case in members)
 
 
 def test_the_goals_are_those_that_were_promised() -> None:
