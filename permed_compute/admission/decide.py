@@ -10,6 +10,7 @@ no room is not asked again.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -69,7 +70,14 @@ def decide(snapshot: Snapshot, policy: Policy, now: int) -> Plan:
     `now` is ms since 1970 UTC. A job gets `workers_min` together or nothing; further workers up to `workers_max` go
     where they fit and the quota allows.
     """
-    return _Decision(snapshot, policy, now).run()
+    # Tens of thousands of small objects without a cycle: the collector would look at all of them, several times.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _Decision(snapshot, policy, now).run()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class _Decision:
@@ -87,6 +95,8 @@ class _Decision:
         """(account, flavor) → the least amount that its quota did not allow, and why."""
         self.holding: dict[str, tuple[str, ...]] = {}
         self.figures: dict[Need, dict[str, Any]] = {}
+        self.competing: set[Kind] = set()
+        """Kinds of which a job waits that would use capacity if it could."""
         self.given_up: set[str] = set()
         """Live jobs that this decision stops or shrinks."""
         self.tries = _PREEMPTORS
@@ -128,8 +138,7 @@ class _Decision:
         # 8. Reasons for all that still wait, in order of submission; what nobody else wanted is charged little.
         if policy.grows:
             self._grow()
-        place = {job.job_id: n for n, job in enumerate(snapshot.waiting)}
-        waits = sorted(self.waits.values(), key=lambda wait: place[wait.job_id])
+        waits = [self.waits[job.job_id] for job in snapshot.waiting if job.job_id in self.waits]
         return Plan(
             policy.version, tuple(self._charged()), tuple(waits), tuple(self.preemptions), tuple(self.promises),
             tuple(self.resizes), tuple(self.starts),
@@ -538,10 +547,14 @@ class _Decision:
     # ------------------------------------------------------------------------------------- 8
 
     def _wait(self, job: Waiting, reason: _Reason) -> None:
+        if reason.code in _COMPETES:
+            self.competing.add(job.kind)
         self.waits[job.job_id] = Wait(job.job_id, reason.code, reason.blockers, reason.numbers)
 
     def _park(self, group: Group, reason: _Reason) -> None:
         code, blockers, numbers = reason.code, reason.blockers, reason.numbers
+        if code in _COMPETES:
+            self.competing.add(group.kind)
         waits = self.waits
         for job in group.jobs[group.next :]:
             waits[job.job_id] = Wait(job.job_id, code, blockers, numbers)
@@ -563,11 +576,8 @@ class _Decision:
 
     def _wanted(self) -> set[str]:
         """Flavors that somebody still waits for."""
-        jobs = {job.job_id: job for job in self.snapshot.waiting}
-        kinds: set[Kind] = {
-            jobs[wait.job_id].kind for wait in self.waits.values() if wait.code in _COMPETES
-        }  # fmt: skip
-        return {flavor for kind in kinds for flavor in self.cluster.meanings(Need._make(kind[2]))}
+        needs = {kind[2] for kind in self.competing}
+        return {flavor for need in needs for flavor in self.cluster.meanings(Need._make(need))}
 
     def _charged(self) -> Iterable[Admission]:
         """Use of capacity that nobody else wanted counts little."""

@@ -53,7 +53,19 @@ class Claim(NamedTuple):
 class Room:
     """What is left of one node; may be negative where somebody's promise stands on what a victim still holds."""
 
-    __slots__ = ("claims", "closed", "cpu", "gpus", "memory", "node", "place", "releases", "windows")
+    __slots__ = (
+        "changes",
+        "claims",
+        "closed",
+        "cpu",
+        "gpus",
+        "memory",
+        "node",
+        "place",
+        "releases",
+        "slots",
+        "windows",
+    )
 
     def __init__(self, node: Node, place: int) -> None:
         self.node = node
@@ -61,7 +73,10 @@ class Room:
         self.cpu = node.cpu_milli
         self.memory = node.memory
         self.gpus = [1000] * len(node.gpus)
+        self.slots = {gpu.index: slot for slot, gpu in enumerate(node.gpus)}
         self.closed = False
+        self.changes: list[tuple[int, int, Grant]] | None = None
+        """(when, 0 release, 1 end or 2 start of a claim, what), in order of time; None: to be put in order again."""
         self.claims: list[Claim] = []
         self.releases: list[tuple[int, Grant]] = []
         self.windows: list[Window] = []
@@ -71,39 +86,38 @@ class Room:
         self.memory -= sign * grant.memory
         if grant.devices:
             each = sign * min(1000, grant.gpu_milli)
-            slots = self._slots()
+            slots = self.slots
             for index in grant.devices:
                 if index in slots:
                     self.gpus[slots[index]] -= each
 
-    def _slots(self) -> dict[int, int]:
-        return {gpu.index: slot for slot, gpu in enumerate(self.node.gpus)}
-
     def later(self, start: int, end: int) -> Room:
-        """The least that is free at every moment of [start, end)."""
+        """The least that is free at every moment of [start, end): at its start, or when a claim begins within it."""
         if not self.claims and not self.releases:
             return self
-        now = Room(self.node, self.place)
-        now.cpu, now.memory, now.gpus = self.cpu, self.memory, list(self.gpus)
-        changes = [(at, 0, grant) for at, grant in self.releases]
-        for claim in self.claims:
-            if claim.end > start:
-                changes.append((claim.start, 2, claim.grant))
-                changes.append((claim.end, 1, claim.grant))
-        changes.sort(key=lambda change: change[:2])
-        least: Room | None = None
-        for at, kind, grant in changes:
+        if self.changes is None:
+            self.changes = sorted(
+                [
+                    *((at, 0, grant) for at, grant in self.releases),
+                    *((claim.end, 1, claim.grant) for claim in self.claims),
+                    *((claim.start, 2, claim.grant) for claim in self.claims),
+                ],
+                key=lambda change: change[:2],
+            )
+        now, least = self._copy(), None
+        for at, kind, grant in self.changes:
             if at >= end:
                 break
             if at > start and least is None:
                 least = now._copy()
             now.take(grant, 1 if kind == 2 else -1)
-            if least is not None:
+            if least is not None and kind == 2:
                 least._lower_to(now)
         return least or now
 
     def _copy(self) -> Room:
-        copy = Room(self.node, self.place)
+        copy = Room.__new__(Room)
+        copy.node, copy.place, copy.slots = self.node, self.place, self.slots
         copy.cpu, copy.memory, copy.gpus = self.cpu, self.memory, list(self.gpus)
         return copy
 
@@ -192,6 +206,7 @@ class Cluster:
             if room is None:  # a node that is gone still has its reservations until they are confirmed ended
                 continue
             room.take(grant, sign)
+            room.changes = None
             if sign > 0:
                 room.releases.append((until, grant))
                 self._close_if_full(room)
@@ -211,7 +226,9 @@ class Cluster:
         """Reserve a later start."""
         for grant in grants:
             claim = Claim(start, end, grant, job_id)
-            self.rooms[grant.node].claims.append(claim)
+            room = self.rooms[grant.node]
+            room.claims.append(claim)
+            room.changes = None
             self.planned.append(claim)
 
     def _close_if_full(self, room: Room) -> None:
