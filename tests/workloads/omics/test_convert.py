@@ -175,3 +175,15 @@ def test_what_is_no_store_is_not_opened(tmp_path):
 
     with pytest.raises(NotFoundError):
         GenotypeStore(tmp_path / "nothing")
+
+
+@pytest.mark.shared
+def test_a_sample_file_in_another_order_is_refused(shared_data, tmp_path):
+    source = shared_data / "omics" / "tiny1000G.bgen"
+    (tmp_path / "a.bgen").symlink_to(source)
+    lines = source.with_suffix(".sample").read_text().splitlines()
+    (tmp_path / "a.sample").write_text("\n".join([*lines[:2], *lines[:1:-1]]) + "\n")
+    assert refusal(lambda: job("omics/convert", tmp_path / "w", [str(tmp_path / "a.bgen")])) == "WRONG_SAMPLE_ORDER"
+    cut = tmp_path / "b.bgen"
+    cut.write_bytes(source.read_bytes()[:-5000])
+    assert refusal(lambda: job("omics/convert", tmp_path / "w2", [str(cut)])) == "BGEN_TRUNCATED"

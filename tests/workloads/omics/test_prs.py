@@ -202,3 +202,10 @@ def test_the_real_score_cut_to_what_is_there(tiny_store, shared_data, tmp_path):
     inputs = [named("genotypes", tiny_store.root), named("score", write_score(tmp_path / "cut.txt", cut))]
     outcome = job("omics/prs", tmp_path / "w", inputs, ambiguous="keep")
     assert not outcome.failures and outcome.result.values["scores"]["S1"]["variants"] == len(cut)
+
+
+@pytest.mark.shared
+def test_a_real_file_of_another_build_is_refused(tiny_store, shared_data, tmp_path):
+    file = shared_data / "omics" / "PGS000001_hmPOS_GRCh37.txt.gz"
+    with pytest.raises(RefusedInput, match="WRONG_BUILD"):
+        job("omics/prs", tmp_path, [named("genotypes", tiny_store.root), named("score", file)])
