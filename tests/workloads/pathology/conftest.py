@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,18 +11,23 @@ from permed_compute.workloads.pathology.source import open_slide
 from .made import digest, write
 
 
+@pytest.fixture(scope="session")
+def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A slide and its store, made once; tests get copies, because some damage them."""
+    folder = tmp_path_factory.mktemp("made")
+    write(folder / "slide.tiff")
+    with open_slide(folder / "slide.tiff") as source:
+        convert(source, folder / "slide.ome.zarr", digest=digest(folder / "slide.tiff"), threads=2)
+    return folder
+
+
 @pytest.fixture
-def slide(tmp_path: Path) -> Path:
+def slide(_made: Path, tmp_path: Path) -> Path:
     """One made-up slide of 1100 × 900 at 0.5 µm."""
-    path = tmp_path / "slide.tiff"
-    write(path)
-    return path
+    return Path(shutil.copy(_made / "slide.tiff", tmp_path / "slide.tiff"))
 
 
 @pytest.fixture
-def store(slide: Path, tmp_path: Path) -> Path:
+def store(_made: Path, tmp_path: Path) -> Path:
     """Its store."""
-    path = tmp_path / "slide.ome.zarr"
-    with open_slide(slide) as source:
-        convert(source, path, digest=digest(slide), threads=2)
-    return path
+    return Path(shutil.copytree(_made / "slide.ome.zarr", tmp_path / "slide.ome.zarr"))

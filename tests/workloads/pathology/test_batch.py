@@ -80,6 +80,8 @@ def test_thirty_slides_of_which_six_are_bad(home, environment, tmp_path):
     assert "NO_TISSUE" in page and "tissue" in page.lower() and "<img" in page
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(600)
 def test_a_kill_in_the_middle_of_a_slide_loses_no_finished_block(home, environment, tmp_path):
     import torch
 

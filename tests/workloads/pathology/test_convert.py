@@ -77,7 +77,7 @@ def test_what_cannot_be_copied_is_encoded_once_and_said(tmp_path, coding):
 
 def test_a_conversion_that_was_stopped_goes_on_where_it_was(slide, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "SMALLEST", 200)
-    write(slide, pixels(2300, 2200))
+    write(slide, tile=64)
     out, seen = tmp_path / "out", []
     with open_slide(slide) as source:
         assert convert(source, out, digest="ab", stopping=lambda: len(seen) > 1 or seen.append(0)) is None
