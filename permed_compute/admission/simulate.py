@@ -242,7 +242,10 @@ class Simulation:
         """Versions that moves not yet committed lead to."""
         self._next_arrival = 0
         self._due: int | None = None
-        self._pause = rules.cycle
+        timed = bool(policy.accounts) or getattr(decide, "wants_attained", False)
+        self._first_pause = rules.cycle if timed else _LOOK_AGAIN_MS
+        """Without quotas time alone changes nothing that matters before the next event."""
+        self._pause = self._first_pause
         self._down: set[str] = set()
         self._usage = Decayed(policy, trace.start)
         self._busy = self._area = 0
@@ -299,7 +302,7 @@ class Simulation:
         """Something changed: decide at the next cycle."""
         at = -(-now // self.rules.cycle) * self.rules.cycle
         self._due = at if self._due is None else min(self._due, at)
-        self._pause = self.rules.cycle
+        self._pause = self._first_pause
 
     def _arrive(self, now: int) -> None:
         jobs, first = self.trace.jobs, self._next_arrival

@@ -39,7 +39,7 @@ def simulate(
     ] = None,
     nodes: Annotated[str | None, typer.Option(help="The pool, e.g. 16x4:a100+8x0; default the trace's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the hospital day, of what is laid over traces, and of faults.")] = 0,
-    cycle: Annotated[str, typer.Option(help="Decisions are so far apart.")] = "10s",
+    cycle: Annotated[str, typer.Option(help="Decisions are so far apart.")] = "30s",
     node_losses: Annotated[int, typer.Option(min=0, help="So many nodes fail for half an hour each.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for simulation.json and index.html.")] = None,
 ) -> None:
