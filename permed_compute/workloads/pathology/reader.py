@@ -51,6 +51,7 @@ class Reader:
         self._kept: OrderedDict[tuple[int, int, int, int], np.ndarray | None] = OrderedDict()
         self._size = 0
         self._lock = threading.Lock()
+        self._own = threading.local()
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     @property
@@ -156,9 +157,13 @@ class Reader:
         width, height = layout.width >> way.halvings, layout.height >> way.halvings
         x1, y1 = x0 + out.shape[1], y0 + out.shape[0]
         inside = x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height
-        if inside and x0 % tile_w == y0 % tile_h == 0 and out.shape[:2] == (tile_h, tile_w):
-            # Aligned: decoded in place, and not kept, because nothing else will ask for it.
-            self._aligned(out, way, y0 // tile_h, x0 // tile_w)
+        whole = x0 % tile_w == y0 % tile_h == out.shape[0] % tile_h == out.shape[1] % tile_w == 0
+        if inside and whole:
+            # Whole tiles only: decoded in place and not kept, because nothing else will ask for them.
+            for k in range(out.shape[0] // tile_h):
+                for j in range(out.shape[1] // tile_w):
+                    part = out[k * tile_h : (k + 1) * tile_h, j * tile_w : (j + 1) * tile_w]
+                    self._aligned(part, way, y0 // tile_h + k, x0 // tile_w + j)
             return
         if not inside:
             out[:] = FILL
@@ -174,15 +179,23 @@ class Reader:
 
     def _aligned(self, out: np.ndarray, way: _Way, row: int, column: int) -> None:
         into = getattr(self.slide, "tile_into", None)
-        tile = (
-            into(out, way.level, row, column, way.halvings)
-            if into is not None
-            else self.slide.tile(way.level, row, column, way.halvings)
-        )
+        if into is None:
+            tile = self.slide.tile(way.level, row, column, way.halvings)
+        else:
+            tile = into(self._buffer(out), way.level, row, column, way.halvings)
         if tile is None:
             out[:] = FILL
         elif tile is not out:
             out[:] = tile
+
+    def _buffer(self, out: np.ndarray) -> np.ndarray:
+        """`out` where a decoder can write to it, else this thread's own (fresh memory costs as much as decoding)."""
+        if out.flags.c_contiguous:
+            return out
+        held = getattr(self._own, "tile", None)
+        if held is None or held.shape != out.shape:
+            held = self._own.tile = np.empty(out.shape, np.uint8)
+        return held
 
     def _tile(self, way: _Way, row: int, column: int) -> np.ndarray | None:
         key = way.level, way.halvings, row, column
