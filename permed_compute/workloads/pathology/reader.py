@@ -174,8 +174,8 @@ class Reader:
                 a, b = max(y0, ty), min(y1, ty + tile_h, height)
                 c, d = max(x0, tx), min(x1, tx + tile_w, width)
                 if a < b and c < d:
-                    part = FILL if tile is None else tile[a - ty : b - ty, c - tx : d - tx]
-                    out[a - y0 : b - y0, c - x0 : d - x0] = part
+                    seen: Any = FILL if tile is None else tile[a - ty : b - ty, c - tx : d - tx]
+                    out[a - y0 : b - y0, c - x0 : d - x0] = seen
 
     def _aligned(self, out: np.ndarray, way: _Way, row: int, column: int) -> None:
         into = getattr(self.slide, "tile_into", None)
