@@ -63,4 +63,8 @@ def clean(detail: Any) -> dict[str, Any]:
 
 def rows(grants: Iterable[Grant]) -> list[dict[str, Any]]:
     """Grants as JSON; `Grant.from_row` reads them."""
-    return [asdict(grant) for grant in grants]
+    return [
+        {"node": g.node, "cpu_milli": g.cpu_milli, "memory": g.memory, "gpu_milli": g.gpu_milli, "flavor": g.flavor,
+         "devices": list(g.devices)}
+        for g in grants
+    ]  # fmt: skip
