@@ -7,7 +7,7 @@ whole plan. The simulator commits by the same function on the same queue, so tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from permed_compute.admission.snapshot import Admission, Grant, Plan, Preemption
