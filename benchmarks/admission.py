@@ -36,14 +36,14 @@ from permed_compute.states import LIVE, JobState
 
 TITLE = "Admission"
 WHY = (
-    "A decision must not take longer than people notice, whoever waits: p99 of a cycle ≤ 100 ms with 10,000 waiting"
-    " jobs on 1,000 GPUs (CPU time of the deciding thread), cost growing no worse than n log n. The two specs that"
-    " Kueue publishes (15,000 workloads in 30 queues; 50,000 in 1,000) go through the real committer on SQLite, each"
-    " admission durable with its chained event; goal 2,000 a second. Kueue's published 42 to 43 a second include"
-    " simulated run times and an API server, so that the two figures are not of the same thing: `makespan` shows ours"
-    " with such run times on the virtual clock. A trace of 100,000 jobs must simulate in 60 s of one core, so that an"
-    " admin's question is answered while they wait. Last: completion times beside five baselines on real and synthetic"
-    " traces; the page docs/simulation.md explains them."
+    "Goals: a decision must not take longer than people notice, whoever waits: p99 of a cycle ≤ 100 ms with "
+    "10,000 waiting jobs on 1,000 GPUs (CPU time of the deciding thread), cost growing no worse than n log n. The "
+    "two specs that Kueue publishes (15,000 workloads in 30 queues; 50,000 in 1,000) go through the real "
+    "committer on SQLite, each admission durable with its chained event; goal 2,000 a second. Kueue's published "
+    "42 to 43 a second include simulated run times and an API server, so that the two figures are not of the same "
+    "thing: `makespan` shows ours with such run times on the virtual clock. A trace of 100,000 jobs must simulate "
+    "in 60 s of one core, so that an admin's question is answered while they wait. Last: completion times beside "
+    "five baselines on real and synthetic traces; the page docs/simulation.md explains them."
 )
 
 

@@ -52,10 +52,11 @@ def find(spec: JobSpec) -> Found:
             f"There is no workload {spec.workload!r}.", remedy=f"Ours: {names}; yours: module:function."
         )
     digest = ""
+    module_name, _, attribute = target.partition(":")
     if spec.code:
         digest = _code_digest(Path(spec.code))
         _put_first(Path(spec.code), digest)
-    module_name, _, attribute = target.partition(":")
+        _forget_namesake(Path(spec.code), module_name.partition(".")[0])
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -116,3 +117,13 @@ def _put_first(folder: Path, digest: str) -> None:
         _loaded[place] = digest
     if sys.path[:1] != [place]:
         sys.path.insert(0, place)
+
+
+def _forget_namesake(folder: Path, name: str) -> None:
+    """Another job's module of the same name, imported earlier in this process, must not stand in for this one's."""
+    if not ((folder / f"{name}.py").is_file() or (folder / name).is_dir()):
+        return
+    known = str(getattr(sys.modules.get(name), "__file__", None) or "")
+    if known and not known.startswith(f"{folder}/"):
+        for each in [each for each in sys.modules if each == name or each.startswith(f"{name}.")]:
+            del sys.modules[each]
