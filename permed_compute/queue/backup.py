@@ -104,7 +104,6 @@ def _fill(url: sa.URL, source: Path) -> str:
     engine = schema.engine_for(url)
     try:
         with engine.connect() as connection, schema.writing(connection).begin():
-            schema.exclude_others(connection)
             if schema.revision_of(connection) is not None:
                 raise _not_empty()
             revision, rows = _read(source)

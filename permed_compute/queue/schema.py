@@ -123,18 +123,20 @@ def _postgresql(url: sa.URL) -> sa.Engine:
         connection.execute("SET synchronous_commit TO on")
         connection.commit()
 
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        if connection.get_execution_options().get("writes", False):  # one round trip; each statement its own snapshot
+            connection.exec_driver_sql(f"BEGIN; SELECT pg_advisory_xact_lock({_LOCK})")
+
     return engine
 
 
 def writing(connection: sa.Connection) -> sa.Connection:
     """The connection as one that writes: its transactions exclude each other from their begin on."""
-    return connection.execution_options(writes=True)
-
-
-def exclude_others(connection: sa.Connection) -> None:
-    """First statement of a writing transaction. SQLite has done it by BEGIN IMMEDIATE."""
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+    connection = connection.execution_options(writes=True)
+    if connection.dialect.name == "postgresql":  # the driver sends no BEGIN of its own: ours travels with the lock
+        connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+    return connection
 
 
 def revision_of(connection: sa.Connection) -> str | None:

@@ -63,7 +63,6 @@ class SqlQueue:
         self._engine = schema.engine_for(url)
         self._specs = _Specs()
         with _database(), self._engine.connect() as connection, schema.writing(connection).begin():
-            schema.exclude_others(connection)
             schema.upgrade(connection)
         if anchor is not None:
             anchor.begin(self)
@@ -152,7 +151,6 @@ class SqlQueue:
         """Plan every call, write what they change, commit, and only then answer."""
         try:
             transaction = connection.begin()
-            schema.exclude_others(connection)
             draft = self._draft(connection, calls)
             for call in calls:
                 call.error = None
