@@ -11,27 +11,18 @@ tile's are (y, x, c).
 from __future__ import annotations
 
 import base64
-import mmap
-import struct
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any, Literal, cast
 
 from permed_compute.errors import Finding, RefusedInput
-from permed_compute.paths import replacing
+from permed_compute.storage import shardfile
 
 SIDE = 8
 """Tiles along an edge of a shard."""
 FILL = 255
 """White: what brightfield shows where nothing was scanned."""
-_ABSENT = 2**64 - 1
-_INDEX = SIDE * SIDE * 16
-_OPEN_MOST = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +82,7 @@ class Layout:
         sharding = {
             "chunk_shape": tile,
             "codecs": [{"name": "transpose", "configuration": {"order": [1, 2, 0]}}, *inner],
-            "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            "index_codecs": shardfile.INDEX_CODECS,
             "index_location": "end",
         }
         return {
@@ -129,88 +120,22 @@ def shard_file(level: Path, shard: tuple[int, int]) -> Path:
 
 def write_shard(path: Path, tiles: Sequence[bytes | memoryview | None]) -> int:
     """Publish one shard from its 64 tiles in stored order; returns the bytes written (0: all absent, no file)."""
-    if not any(tile is not None for tile in tiles):
-        return 0
-    index = np.full((SIDE * SIDE, 2), _ABSENT, "<u8")
-    at = 0
-    for k, tile in enumerate(tiles):
-        if tile is not None:
-            index[k] = at, len(tile)
-            at += len(tile)
-    packed = index.tobytes()
-    with replacing(path) as temporary, temporary.open("wb", buffering=0) as file:
-        file.write(b"".join([*(tile for tile in tiles if tile is not None), packed, _crc(packed)]))
-    return at + len(packed) + 4
+    return shardfile.write(path, tiles)
 
 
 def whole(path: Path) -> bool:
     """Whether the file is a shard with a sound index that stays inside it."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _INDEX - 4))
-            _checked(file.read(), size)
-    except (OSError, RefusedInput):
-        return False
-    return True
-
-
-def _crc(packed: bytes) -> bytes:
-    import google_crc32c
-
-    return struct.pack("<I", google_crc32c.value(packed))
-
-
-def _checked(tail: bytes, size: int) -> np.ndarray:
-    """(64, 2) uint64 offsets and lengths. Raises `RefusedInput` (SHARD_DAMAGED)."""
-    packed, crc = tail[:-4], tail[-4:]
-    if len(packed) == _INDEX and _crc(packed) == crc:
-        index = np.frombuffer(packed, "<u8").reshape(-1, 2)
-        there = index[index[:, 0] != _ABSENT]
-        if not len(there) or int(there.sum(axis=1).max()) <= size - _INDEX - 4:
-            return index
-    raise RefusedInput(
-        Finding("SHARD_DAMAGED", "A shard's index does not agree with its checksum.", "refused", "", {"bytes": size}),
-        remedy="`permed verify` lists what is damaged; convert the slide again.",
-    )
+    return shardfile.whole(path, SIDE * SIDE)
 
 
 class ShardReader:
     """Stored tiles of one level through memory maps. Threads may share it; at most 256 shards are mapped at a time."""
 
     def __init__(self, level: Path, layout: Layout) -> None:
-        self._level, self.layout = level, layout
-        self._lock = threading.Lock()
-        self._open: OrderedDict[tuple[int, int], tuple[list[list[int]], memoryview] | None] = OrderedDict()
+        self.layout = layout
+        self._shards = shardfile.Shards(lambda shard: shard_file(level, cast("tuple[int, int]", shard)), SIDE * SIDE)
+        self.close = self._shards.close
 
     def tile(self, row: int, column: int) -> memoryview | None:
         """The tile's bytes (a view into the map), or None where it is absent."""
-        shard = row // SIDE, column // SIDE
-        with self._lock:
-            if shard in self._open:
-                self._open.move_to_end(shard)
-                found = self._open[shard]
-            else:
-                found = self._open[shard] = self._map(shard_file(self._level, shard))
-                while len(self._open) > _OPEN_MOST:
-                    self._open.popitem(last=False)  # unmapped when the last view of it goes
-        if found is None:
-            return None
-        offset, length = found[0][row % SIDE * SIDE + column % SIDE]
-        return None if offset == _ABSENT else found[1][offset : offset + length]
-
-    def close(self) -> None:
-        with self._lock:
-            self._open.clear()
-
-    @staticmethod
-    def _map(path: Path) -> tuple[list[list[int]], memoryview] | None:
-        try:
-            with path.open("rb") as file:
-                mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except FileNotFoundError:
-            return None
-        except ValueError:  # an empty file cannot be mapped
-            mapped = memoryview(b"")
-        index = _checked(bytes(mapped[-_INDEX - 4 :]), len(mapped))
-        return index.tolist(), mapped
+        return self._shards.chunk((row // SIDE, column // SIDE), row % SIDE * SIDE + column % SIDE)
