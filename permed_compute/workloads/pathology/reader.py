@@ -4,14 +4,17 @@
         tile = reader.read(0.5, x, y, 256)               (256, 256, 3) uint8 RGB
         batch = reader.read_many(0.5, places, 256)       (n, 256, 256, 3)
 
-`x, y` are level-0 pixels of the tile's upper left corner; beyond the slide it is white. A level whose resolution is the
-wanted one (to 0.1 %) is cropped; otherwise the next finer one is reduced: by 2, 4 or 8 inside the JPEG's DCT where it
-is that much finer, and the rest by the mean (whole factors) or a triangle filter of the right support. Decoded tiles
-are kept, least recently used out first, so that tiles off the grid, read in order, decode each stored tile about once.
+`x, y` are level-0 pixels of the tile's upper left corner; beyond the slide it is white. A tile is what level 0 gives
+when it is reduced by the mean (whole factors, to 0.1 %) or by a triangle filter of the right support (others). It is
+made from the coarsest pixels that give the same within 35 dB: a level of that resolution is cropped where the corner
+lies on its pixels; the next finer one is reduced, by 2, 4 or 8 inside the JPEG's DCT where it is that much finer; a
+corner between coarse pixels takes finer ones. Decoded tiles are kept, least recently used out first, so that tiles off
+the grid, read in order, decode each stored tile about once.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -26,12 +29,16 @@ from permed_compute.workloads.pathology.source import refuse
 
 CACHE_MIB = 64
 _EXACT = 1e-3
+_ON_GRID = 1e-6
 _MOST_HALVINGS = 3
+_TRIANGLE_LEAST, _OFF_GRID_LEAST, _BROKEN_LEAST = 1.5, 4.0, 6.0
+"""Decoded pixels per wanted one, at least: for the triangle filter; for a mean whose corner lies between pixels; for a
+mean over a number of them that is not whole. Below, sharp tissue (CMU-1) comes out under 35 dB."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """How one resolution is read."""
+    """One way to read a resolution."""
 
     level: int
     halvings: int
@@ -39,6 +46,34 @@ class _Way:
     """Level-0 pixels per decoded pixel."""
     scale: tuple[float, float]
     """What is left to reduce, along x and y."""
+    mean: bool
+    """The wanted pixel is a whole number of level-0 pixels: reduced by the mean."""
+
+    @property
+    def whole(self) -> bool:
+        return all(scale == round(scale) for scale in self.scale)
+
+    def suits(self, x: float, y: float) -> bool:
+        """Whether a tile with this corner comes out as from level 0."""
+        if not self.mean:
+            return min(self.scale) >= _TRIANGLE_LEAST
+        if not self.whole:
+            return min(self.scale) >= _BROKEN_LEAST
+        return min(self.scale) >= _OFF_GRID_LEAST or _split(x / self.pixel)[1] == _split(y / self.pixel)[1] == 0
+
+
+def _split(place: float) -> tuple[int, float]:
+    """The pixel, and how far into it."""
+    near = round(place)
+    if abs(place - near) < _ON_GRID:
+        return near, 0.0
+    pixel = math.floor(place)
+    return pixel, place - pixel
+
+
+def _snapped(scale: float) -> float:
+    whole = round(scale)
+    return float(whole) if whole and abs(scale / whole - 1) < _EXACT else scale
 
 
 class Reader:
@@ -52,6 +87,7 @@ class Reader:
         self._size = 0
         self._lock = threading.Lock()
         self._own = threading.local()
+        self._known: dict[float, list[_Way]] = {}
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     @property
@@ -64,31 +100,31 @@ class Reader:
         """(height, width, 3) uint8 RGB. `size`: edge, or (width, height), in pixels of `mpp`. Raises `RefusedInput`."""
         width, height = (size, size) if isinstance(size, int) else size
         out = np.empty((height, width, 3), np.uint8)
-        self._read(out, self._way(mpp), x, y)
+        self._read(out, self._ways(mpp), x, y)
         return out
 
     def read_many(
         self, mpp: float, places: Sequence[tuple[float, float]] | np.ndarray, size: int, out: np.ndarray | None = None
     ) -> np.ndarray:
         """(n, size, size, 3) uint8 RGB, tile k at level-0 (x, y) = places[k]; `out`: written in place."""
-        way = self._way(mpp)
+        ways = self._ways(mpp)
         batch = np.empty((len(places), size, size, 3), np.uint8) if out is None else out
         if self._pool is None:
             for k, (x, y) in enumerate(places):
-                self._read(batch[k], way, float(x), float(y))
+                self._read(batch[k], ways, float(x), float(y))
         else:
             # In runs, so that neighbours, which share stored tiles, stay with one thread.
             runs = np.array_split(np.arange(len(places)), max(1, min(len(places), 4 * self._pool._max_workers)))
-            list(self._pool.map(lambda run: self._run(batch, way, places, run), runs))
+            list(self._pool.map(lambda run: self._run(batch, ways, places, run), runs))
         return batch
 
-    def _run(self, batch: np.ndarray, way: _Way, places: Any, run: np.ndarray) -> None:
+    def _run(self, batch: np.ndarray, ways: list[_Way], places: Any, run: np.ndarray) -> None:
         for k in run:
-            self._read(batch[k], way, float(places[k][0]), float(places[k][1]))
+            self._read(batch[k], ways, float(places[k][0]), float(places[k][1]))
 
     def level_of(self, mpp: float) -> int:
-        """The level that `read` takes for this resolution."""
-        return self._way(mpp).level
+        """The level that `read` takes for this resolution, where the corner lies on its pixels."""
+        return self._best(self._ways(mpp), 0, 0).level
 
     def close(self) -> None:
         if self._pool is not None:
@@ -103,42 +139,64 @@ class Reader:
 
     # ------------------------------------------------------------------------------------- how
 
-    def _way(self, mpp: float) -> _Way:
-        """Which level, how many halvings, and what is left to reduce, for this resolution."""
+    def _ways(self, mpp: float) -> list[_Way]:
+        """Levels and halvings that are no coarser than this resolution, coarsest first; the last is level 0 itself."""
         if not 0.01 <= mpp <= 10_000:
             refuse("MPP_IMPLAUSIBLE", f"Tiles of {mpp:g} µm per pixel make no sense.", "Write e.g. 0.5.", mpp=mpp)
-        want = mpp / self.mpp[0], mpp / self.mpp[1]  # level-0 pixels per wanted pixel
-        finest = min(want)
-        level = max(
-            (k for k, item in enumerate(self.slide.levels) if item.downsample <= finest * (1 + _EXACT)),
-            key=lambda k: self.slide.levels[k].downsample,
-            default=0,
-        )
-        item = self.slide.levels[level]
-        halvings = 0
-        while (
-            halvings < _MOST_HALVINGS
-            # Beyond the first halving, half of what is left is meaned: the DCT's own 1/4 and 1/8 are too blunt.
-            and item.downsample * 2 ** (halvings + 1 + (halvings > 0)) <= finest * (1 + _EXACT)
-            and item.layout.tile_w % 2 ** (halvings + 1) == item.layout.tile_h % 2 ** (halvings + 1) == 0
-        ):
-            halvings += 1
-        pixel = item.downsample * 2**halvings
-        scale = want[0] / pixel, want[1] / pixel
-        if abs(scale[0] - 1) < _EXACT and abs(scale[1] - 1) < _EXACT:
-            scale = (1.0, 1.0)
-        return _Way(level, halvings, pixel, scale)
+        if mpp not in self._known:
+            self._known[mpp] = self._found(mpp)
+        return self._known[mpp]
 
-    def _read(self, out: np.ndarray, way: _Way, x: float, y: float) -> None:
-        height, width = out.shape[:2]
-        left, top = x / way.pixel, y / way.pixel
-        on_grid = abs(left - round(left)) < 1e-6 and abs(top - round(top)) < 1e-6
-        if on_grid and way.scale == (1.0, 1.0):
-            self._region(out, way, round(left), round(top))
+    def _found(self, mpp: float) -> list[_Way]:
+        want = _snapped(mpp / self.mpp[0]), _snapped(mpp / self.mpp[1])  # level-0 pixels per wanted pixel
+        mean = all(scale == round(scale) for scale in want)
+        finest = min(want) * (1 + _EXACT)
+        ways: dict[float, _Way] = {}
+        for level, item in enumerate(self.slide.levels):
+            if level and item.downsample > finest:
+                continue
+            for halvings in range(_MOST_HALVINGS + 1):
+                # Beyond the first halving, half of what is left is meaned: the DCT's own 1/4 and 1/8 are too blunt.
+                blunt = item.downsample * 2 ** (halvings + (halvings > 1)) > finest
+                if halvings and (blunt or (item.layout.tile_w | item.layout.tile_h) % 2**halvings):
+                    break
+                pixel = item.downsample * 2**halvings
+                scale = _snapped(want[0] / pixel), _snapped(want[1] / pixel)
+                ways[pixel] = _Way(level, halvings, pixel, scale, mean)  # of two, the one that decodes less
+        return [ways[pixel] for pixel in sorted(ways, reverse=True)]
+
+    @staticmethod
+    def _best(ways: list[_Way], x: float, y: float) -> _Way:
+        return next((way for way in ways if way.suits(x, y)), ways[-1])
+
+    def _read(self, out: np.ndarray, ways: list[_Way], x: float, y: float) -> None:
+        way = self._best(ways, x, y)
+        if way.mean and way.whole:
+            self._meaned(out, way, x / way.pixel, y / way.pixel)
+        else:
+            self._filtered(out, way, x / way.pixel, y / way.pixel)
+
+    def _meaned(self, out: np.ndarray, way: _Way, left: float, top: float) -> None:
+        """Means over whole pixels; a corner between pixels moves the grid there, by a mean of two."""
+        (x0, dx), (y0, dy) = _split(left), _split(top)
+        across, down = round(way.scale[0]), round(way.scale[1])
+        if dx == dy == 0 and across == down == 1:
+            self._region(out, way, x0, y0)
             return
         from PIL import Image
 
+        height, width = out.shape[:2]
+        region = np.empty((height * down + (dy > 0), width * across + (dx > 0), 3), np.uint8)
+        self._region(region, way, x0, y0)
+        region = _moved(region, dx, dy)
+        out[:] = np.asarray(Image.fromarray(region).resize((width, height), Image.Resampling.BOX))
+
+    def _filtered(self, out: np.ndarray, way: _Way, left: float, top: float) -> None:
+        from PIL import Image
+
+        kernel = Image.Resampling.BOX if way.mean else Image.Resampling.BILINEAR
         # The filter reaches one output pixel beyond: without that margin, edges of neighbouring tiles would differ.
+        height, width = out.shape[:2]
         span_x, span_y = width * way.scale[0], height * way.scale[1]
         margin_x, margin_y = int(way.scale[0]) + 2, int(way.scale[1]) + 2
         x0, y0 = int(np.floor(left)) - margin_x, int(np.floor(top)) - margin_y
@@ -146,8 +204,6 @@ class Reader:
         region = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
         self._region(region, way, x0, y0)
         box = (left - x0, top - y0, left - x0 + span_x, top - y0 + span_y)
-        whole = on_grid and all(abs(scale - round(scale)) < _EXACT for scale in way.scale)
-        kernel = Image.Resampling.BOX if whole else Image.Resampling.BILINEAR
         out[:] = np.asarray(Image.fromarray(region).resize((width, height), kernel, box=box))
 
     def _region(self, out: np.ndarray, way: _Way, x0: int, y0: int) -> None:
@@ -212,6 +268,17 @@ class Reader:
                     _, old = self._kept.popitem(last=False)
                     self._size -= 0 if old is None else old.nbytes
         return tile
+
+
+def _moved(pixels: np.ndarray, dx: float, dy: float) -> np.ndarray:
+    """The picture as seen from dx, dy (0 ≤ … < 1) further right and down; one pixel smaller where that is not 0."""
+    for axis, by in ((0, dy), (1, dx)):
+        if by:
+            ahead = round(256 * by)
+            first, second = (pixels[:-1], pixels[1:]) if axis == 0 else (pixels[:, :-1], pixels[:, 1:])
+            mixed = first.astype(np.uint16) * (256 - ahead) + second.astype(np.uint16) * ahead
+            pixels = ((mixed + 128) >> 8).astype(np.uint8)
+    return np.ascontiguousarray(pixels)
 
 
 def as_dask(slide: Any, level: int = 0) -> Any:

@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 
 
-def pixels(width: int = 1100, height: int = 900, *, seed: int = 0, blobs: int = 3) -> np.ndarray:
-    """(height, width, 3) uint8: haematoxylin-like nuclei on eosin-like ground in discs, 245-white elsewhere."""
+def pixels(width: int = 1100, height: int = 900, *, seed: int = 0, blobs: int = 3, blur: float = 1.2) -> np.ndarray:
+    """(height, width, 3) uint8: haematoxylin-like nuclei on eosin-like ground in discs, 245-white elsewhere.
+
+    blur: in pixels, as of an objective; 0 leaves edges and noise of single pixels, which no scanner gives.
+    """
     random = np.random.default_rng(seed)
     image = np.full((height, width, 3), 245, np.float32)
     y, x = np.mgrid[:height, :width]
@@ -22,7 +25,7 @@ def pixels(width: int = 1100, height: int = 900, *, seed: int = 0, blobs: int = 
         image[nuclei] = np.array([95, 60, 140]) + random.normal(0, 3, (int(nuclei.sum()), 3))
     from scipy.ndimage import gaussian_filter
 
-    image = gaussian_filter(image, (1.2, 1.2, 0))  # no objective shows edges of one pixel
+    image = gaussian_filter(image, (blur, blur, 0))
     return np.clip(image + random.normal(0, 1.5, image.shape), 0, 255).astype(np.uint8)
 
 
