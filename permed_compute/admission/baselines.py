@@ -17,11 +17,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from permed_compute.admission.placement import Cluster, Need, held_until
+from permed_compute.admission.placement import Cluster, held_until
 from permed_compute.admission.policy import Policy
 from permed_compute.admission.snapshot import (
     Admission,
     Grant,
+    Need,
     Plan,
     Preemption,
     Reservation,
@@ -53,7 +54,7 @@ class _Round:
 
     def start(self, job: Waiting, *, beside: bool = False) -> tuple[Grant, ...] | None:
         """Start it if it fits now. `beside`: only where that delays no reserved start."""
-        need = Need.of(job)
+        need = job.need
         length = job.time_limit if beside else 0
         if any(known == need and length >= least for known, least in self._full):
             return None
@@ -69,7 +70,7 @@ class _Round:
 
     def reserve(self, job: Waiting) -> None:
         """The first moment at which it fits is its own from now on."""
-        need, length = Need.of(job), job.time_limit * 1000 + self.grace
+        need, length = job.need, job.time_limit * 1000 + self.grace
         for flavor in self.cluster.meanings(need):
             found = self.cluster.earliest(need, flavor, need.workers_min, job.account, self.now, length)
             if found:
@@ -82,7 +83,7 @@ class _Round:
         return Plan(self.policy, tuple(self.admissions), waits, tuple(self.preemptions))
 
     def possible(self, job: Waiting) -> bool:
-        need = Need.of(job)
+        need = job.need
         return any(self.cluster.capable(need, flavor) for flavor in self.cluster.meanings(need))
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
 from permed_compute.admission.fairshare import FairQueue, Group, Kind, Levels, grouped, levels
-from permed_compute.admission.placement import Cluster, Need, held_until
+from permed_compute.admission.placement import Cluster, held_until
 from permed_compute.admission.policy import CPU, Policy
 from permed_compute.admission.preemption import Room, Victim, draining, make_room
 from permed_compute.admission.quota import Tree, in_force, wanted_by
@@ -25,15 +25,17 @@ from permed_compute.admission.snapshot import (
     ANY_GPU,
     Admission,
     Grant,
+    Need,
     Plan,
     Preemption,
     Promise,
+    Reason,
     Reservation,
     Resize,
     Snapshot,
     Start,
-    Wait,
     Waiting,
+    Waits,
     used_by,
 )
 from permed_compute.states import ENDED, JobState
@@ -42,15 +44,6 @@ _BLOCKERS = 8
 """A reason names at most so many jobs."""
 _PREEMPTORS = 4
 """So many jobs may look for victims in one decision, each among all that runs; the next decision follows at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Reason:
-    """Why a kind cannot start now."""
-
-    code: str
-    blockers: tuple[str, ...] = ()
-    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -83,7 +76,7 @@ def decide(snapshot: Snapshot, policy: Policy, now: int) -> Plan:
 class _Decision:
     def __init__(self, snapshot: Snapshot, policy: Policy, now: int) -> None:
         self.snapshot, self.policy, self.now = snapshot, policy, now
-        self.waits: dict[str, Wait] = {}
+        self.waits: dict[str, Reason] = {}
         self.admissions: list[Admission] = []
         self.preemptions: list[Preemption] = []
         self.promises: list[Promise] = []
@@ -91,12 +84,12 @@ class _Decision:
         self.starts: list[Start] = []
         self.full: dict[str, list[Need]] = {}
         """By flavor, needs that found no room even where no reservation stood in the way."""
-        self.short: dict[tuple[str, str], tuple[int, _Reason]] = {}
+        self.short: dict[tuple[str, str], tuple[int, Reason]] = {}
         """(account, flavor) → the least amount that its quota did not allow, and why."""
         self.holding: dict[str, tuple[str, ...]] = {}
         self.figures: dict[Need, dict[str, Any]] = {}
-        self.competing: set[Kind] = set()
-        """Kinds of which a job waits that would use capacity if it could."""
+        self.competing: set[Need] = set()
+        """What those need that wait and would use capacity if they could."""
         self.given_up: set[str] = set()
         """Live jobs that this decision stops or shrinks."""
         self.tries = _PREEMPTORS
@@ -138,16 +131,15 @@ class _Decision:
         # 8. Reasons for all that still wait, in order of submission; what nobody else wanted is charged little.
         if policy.grows:
             self._grow()
-        waits = [self.waits[job.job_id] for job in snapshot.waiting if job.job_id in self.waits]
         return Plan(
-            policy.version, tuple(self._charged()), tuple(waits), tuple(self.preemptions), tuple(self.promises),
-            tuple(self.resizes), tuple(self.starts),
+            policy.version, tuple(self._charged()), Waits(snapshot.waiting, self.waits), tuple(self.preemptions),
+            tuple(self.promises), tuple(self.resizes), tuple(self.starts),
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------- 1
 
     def _ready(self) -> list[Waiting]:
-        closed: dict[str, _Reason | None] = {}
+        closed: dict[str, Reason | None] = {}
         ready: list[Waiting] = []
         now = self.now
         for job in self.snapshot.waiting:
@@ -162,19 +154,19 @@ class _Decision:
                 self._wait(job, reason)
         return ready
 
-    def _closed(self, name: str) -> _Reason | None:
+    def _closed(self, name: str) -> Reason | None:
         """Why nothing of this account may start."""
         path = self.policy.path(name)
         if self.policy.accounts and not path:
-            return _Reason("unknown-account", (), {"account": name})
+            return Reason("unknown-account", (), {"account": name})
         for account in path:
             if not in_force(account, self.now):
-                return _Reason("account-not-in-force", (), {
+                return Reason("account-not-in-force", (), {
                     "account": account.name, "from": account.effective_from, "until": account.effective_until,
                 })  # fmt: skip
         for frozen in self.snapshot.frozen:
             if name == frozen or name.startswith(frozen + "/") or any(a.name == frozen for a in path):
-                return _Reason("frozen", (), {"account": frozen})
+                return Reason("frozen", (), {"account": frozen})
         return None
 
     # ------------------------------------------------------------------------------------- 2
@@ -192,12 +184,12 @@ class _Decision:
             self.cluster.hold(job.promised, until)
             self.tree.add(job.account, used_by(job.promised))
             if free and not self._stands_in_the_way(job):
-                why = self._why(Need.of(job), job.promised[0].flavor)
+                why = self._why(job.need, job.promised[0].flavor)
                 self.admissions.append(Admission(job.job_id, job.version, job.promised, why, "promised"))
             else:
                 nodes = {grant.node for grant in job.promised}
                 going = tuple(h.job_id for h in self.holders if any(grant.node in nodes for grant in h.grants))
-                self._wait(job, _Reason("preempting", going[:_BLOCKERS]))
+                self._wait(job, Reason("preempting", going[:_BLOCKERS]))
         return rest
 
     def _is_free(self, job: Waiting, grant: Grant) -> bool:
@@ -263,8 +255,8 @@ class _Decision:
         """A quick look whether the head of a group could start now; parks the group where it could not."""
         if group.kind in self.elders:
             return True
-        job, need = group.jobs[group.next], Need._make(group.kind[2])
-        outcome: _Reason | None = None
+        job, need = group.jobs[group.next], group.need
+        outcome: Reason | None = None
         for flavor in self.cluster.meanings(need):
             if not self.cluster.capable(need, flavor):
                 continue
@@ -272,7 +264,7 @@ class _Decision:
             if short is None:
                 if not self._is_full(need, flavor):
                     return True
-                short = _Reason("capacity", self._capacity_holders(flavor), self._needs(need))
+                short = Reason("capacity", self._capacity_holders(flavor), self._needs(need))
             outcome = short
         self._park(group, outcome or self._never(need))
         return False
@@ -287,7 +279,7 @@ class _Decision:
                 return True
         return False
 
-    def _short_of_quota(self, account: str, need: Need, flavor: str) -> _Reason | None:
+    def _short_of_quota(self, account: str, need: Need, flavor: str) -> Reason | None:
         """Why the quota does not allow the least workers now, or None."""
         wanted = wanted_by(need, flavor, need.workers_min)
         for name, amount in wanted.items():
@@ -300,7 +292,7 @@ class _Decision:
                 code = "quota" if self.tree.ever(account, {name: amount}) else "never-quota"
                 blockers = self._quota_holders(account, name) if code == "quota" else ()
                 numbers = {"wants": amount, **self.tree.limit_of(account, name)}
-                reason = _Reason(code, blockers, numbers)
+                reason = Reason(code, blockers, numbers)
                 if code == "quota":
                     self.short[account, name] = (amount, reason)
                 return reason
@@ -309,7 +301,7 @@ class _Decision:
     def _next(self, group: Group, queue: FairQueue, shares: Levels) -> None:
         """Deal with the job whose turn it is."""
         job = group.jobs[group.next]
-        need = Need.of(job)
+        need = job.need
         # 5. Admit what fits.
         outcome = self._admit(job, need)
         if isinstance(outcome, Admission):
@@ -340,10 +332,10 @@ class _Decision:
             self._park(group, outcome)
             queue.drop()
 
-    def _admit(self, job: Waiting, need: Need) -> Admission | _Reason:
+    def _admit(self, job: Waiting, need: Need) -> Admission | Reason:
         now, account = self.now, job.account
         until = now + job.time_limit * 1000 + self.snapshot.grace_ms
-        short: _Reason | None = None
+        short: Reason | None = None
         for flavor in self.cluster.meanings(need):
             if not self.cluster.capable(need, flavor):
                 continue
@@ -355,7 +347,7 @@ class _Decision:
                     continue
                 ahead = self._delays(job, need, flavor, until)
                 if ahead:
-                    short = _Reason("behind", (ahead,), {"what": "quota", "shorter": True})
+                    short = Reason("behind", (ahead,), {"what": "quota", "shorter": True})
                     continue
                 if most > 1:
                     most, _ = self.tree.workers(account, wanted_by(need, flavor), most)
@@ -367,7 +359,7 @@ class _Decision:
 
     def _find(
         self, job: Waiting, need: Need, flavor: str, most: int, until: int
-    ) -> tuple[Grant, ...] | _Reason:  # fmt: skip
+    ) -> tuple[Grant, ...] | Reason:  # fmt: skip
         """Grants, or why there are none of this flavor."""
         account = job.account
         if not self._is_full(need, flavor):
@@ -378,16 +370,16 @@ class _Decision:
             if not bare and self.cluster.place(need, flavor, most, account, self.now, until, beside=False):
                 return self._beside()
             self.full.setdefault(flavor, []).append(need)
-        return _Reason("capacity", self._capacity_holders(flavor), self._needs(need))
+        return Reason("capacity", self._capacity_holders(flavor), self._needs(need))
 
-    def _beside(self) -> _Reason:
+    def _beside(self) -> Reason:
         """It fits but for a reserved start that it would delay, or a window."""
         windows = sorted({w.name for room in self.cluster.rooms.values() for w in room.windows})
         starts = tuple(dict.fromkeys(claim.job_id for claim in self.cluster.planned))
         if windows and not starts:
             ends = min(w.end for w in self.snapshot.windows)
-            return _Reason("window", (), {"windows": windows, "ends": ends, "shorter": True})
-        return _Reason("behind", starts[:_BLOCKERS], {"what": "nodes", "shorter": True})
+            return Reason("window", (), {"windows": windows, "ends": ends, "shorter": True})
+        return Reason("behind", starts[:_BLOCKERS], {"what": "nodes", "shorter": True})
 
     def _admission(self, job: Waiting, need: Need, flavor: str, grants: tuple[Grant, ...]) -> Admission:
         nodes = {grant.node for grant in grants}
@@ -477,7 +469,7 @@ class _Decision:
             self._evict(victim, job)
         going = tuple(victim.job.job_id for victim in room.victims)
         self.promises.append(Promise(job.job_id, job.version, room.grants, going))
-        self._wait(job, _Reason("preempting", going[:_BLOCKERS]))
+        self._wait(job, Reason("preempting", going[:_BLOCKERS]))
 
     def _evict(self, victim: Victim, job: Waiting) -> None:
         held = victim.job
@@ -495,7 +487,7 @@ class _Decision:
 
     # ------------------------------------------------------------------------------------- 6
 
-    def _reserve(self, job: Waiting, need: Need, outcome: _Reason) -> bool:
+    def _reserve(self, job: Waiting, need: Need, outcome: Reason) -> bool:
         """A reserved start: the earliest at which the job fits beside all that were reserved before it."""
         beyond = not self._may_reserve()
         if beyond:
@@ -546,18 +538,15 @@ class _Decision:
 
     # ------------------------------------------------------------------------------------- 8
 
-    def _wait(self, job: Waiting, reason: _Reason) -> None:
+    def _wait(self, job: Waiting, reason: Reason) -> None:
         if reason.code in _COMPETES:
-            self.competing.add(job.kind)
-        self.waits[job.job_id] = Wait(job.job_id, reason.code, reason.blockers, reason.numbers)
+            self.competing.add(job.need)
+        self.waits[job.job_id] = reason
 
-    def _park(self, group: Group, reason: _Reason) -> None:
-        code, blockers, numbers = reason.code, reason.blockers, reason.numbers
-        if code in _COMPETES:
-            self.competing.add(group.kind)
-        waits = self.waits
-        for job in group.jobs[group.next :]:
-            waits[job.job_id] = Wait(job.job_id, code, blockers, numbers)
+    def _park(self, group: Group, reason: Reason) -> None:
+        if reason.code in _COMPETES:
+            self.competing.add(group.need)
+        self.waits.update(dict.fromkeys([job.job_id for job in group.jobs[group.next :]], reason))
         group.next = len(group.jobs)
 
     def _capacity_holders(self, flavor: str) -> tuple[str, ...]:
@@ -576,8 +565,8 @@ class _Decision:
 
     def _wanted(self) -> set[str]:
         """Flavors that somebody still waits for."""
-        needs = {kind[2] for kind in self.competing}
-        return {flavor for need in needs for flavor in self.cluster.meanings(Need._make(need))}
+        wishes = {need.flavors: need for need in self.competing}
+        return {flavor for need in wishes.values() for flavor in self.cluster.meanings(need)}
 
     def _charged(self) -> Iterable[Admission]:
         """Use of capacity that nobody else wanted counts little."""
@@ -602,7 +591,7 @@ class _Decision:
             return f"{flavor}: the job's first choice of [{wishes}] was free."
         return f"{flavor}: the first of [{wishes}] that was free."
 
-    def _never(self, need: Need) -> _Reason:
+    def _never(self, need: Need) -> Reason:
         nodes = [room.node for room in self.cluster.rooms.values()]
         numbers = {
             **_figures(need), "wants": list(need.flavors), "gpus_here": list(self.cluster.gpu_flavors),
@@ -612,9 +601,9 @@ class _Decision:
         if self.snapshot.drained:
             whole = Cluster(self.snapshot.nodes)
             if any(whole.capable(need, flavor) for flavor in whole.meanings(need)):
-                return _Reason("drained", (), {**numbers, "nodes": list(self.snapshot.drained)})
+                return Reason("drained", (), {**numbers, "nodes": list(self.snapshot.drained)})
         known = any(flavor == CPU or flavor in self.cluster.gpu_flavors for flavor in self.cluster.meanings(need))
-        return _Reason("never-fits" if known else "no-such-device", (), numbers)
+        return Reason("never-fits" if known else "no-such-device", (), numbers)
 
 
 _COMPETES = frozenset({"capacity", "quota", "behind", "preempting", "window"})
@@ -634,12 +623,12 @@ def _offers(gpus: Iterable[Any], flavor: str) -> bool:
     return flavor == CPU or any(gpu.flavor == flavor for gpu in gpus)
 
 
-def _hold(job: Waiting, now: int) -> _Reason | None:
+def _hold(job: Waiting, now: int) -> Reason | None:
     unmet = [dependency for dependency in job.dependencies if dependency.state is not JobState.SUCCEEDED]
     if unmet:
         ended = [dependency for dependency in unmet if dependency.state in ENDED]
         code = "dependency-failed" if ended else "dependency"
-        return _Reason(code, tuple(dependency.job_id for dependency in ended or unmet))
+        return Reason(code, tuple(dependency.job_id for dependency in ended or unmet))
     if job.not_before > now:
-        return _Reason("back-off", (), {"not_before": job.not_before})
+        return Reason("back-off", (), {"not_before": job.not_before})
     return None

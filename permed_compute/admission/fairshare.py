@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
-from permed_compute.admission.placement import Need
 from permed_compute.admission.policy import Policy
 from permed_compute.admission.quota import Tree, wanted_by
 from permed_compute.admission.snapshot import NEVER, Reservation, Waiting
@@ -26,7 +25,7 @@ _SCALE = 1000
 _WEIGHTLESS = 1 << 40
 """What a weight of zero multiplies usage by: such an account goes after all that have one."""
 
-Kind = tuple[Any, ...]
+Kind = str
 Amounts = Mapping[str, int]
 
 
@@ -82,12 +81,13 @@ def levels(policy: Policy, tree: Tree, usage: Mapping[str, Amounts], live: Itera
 class Group:
     """The waiting jobs of one kind, in the order in which they start."""
 
-    __slots__ = ("account", "band", "jobs", "kind", "most", "next", "passed_over", "reason")
+    __slots__ = ("account", "band", "jobs", "kind", "most", "need", "next", "passed_over", "reason")
 
     def __init__(self, kind: Kind, jobs: list[Waiting]) -> None:
         self.kind = kind
         self.account: str = jobs[0].account
         self.band: Band = jobs[0].band
+        self.need = jobs[0].need
         self.jobs = jobs
         self.next = 0
         self.most = NEVER
@@ -115,8 +115,8 @@ def grouped(jobs: Iterable[Waiting], now: int) -> dict[Kind, Group]:
             found[kind].append(job)
         else:
             found[kind] = [job]
-    for kind, group in found.items():
-        if kind[1] == Band.CLINICAL and any(job.deadline for job in group):
+    for group in found.values():
+        if group[0].band is Band.CLINICAL and any(job.deadline for job in group):
             group.sort(key=lambda job: (slack(job, now), job.seq))
     return {kind: Group(kind, group) for kind, group in found.items()}
 
@@ -184,7 +184,7 @@ class FairQueue:
     def _borrows(self, group: Group) -> int:
         if not self._tree.number:
             return 0
-        need = Need._make(group.kind[2])
+        need = group.need
         return self._tree.borrows(group.account, wanted_by(need, need.flavors[0], need.workers_min))
 
     def _heapify(self, branch: _Branch) -> None:

@@ -248,6 +248,11 @@ class Picture:
                     break
             return self._state
 
+    def expect(self, jobs: Iterable[Job]) -> None:
+        """Jobs that this process has just submitted: the next look need not read their specs."""
+        with self._lock:
+            self._specs |= {job.id: job.spec for job in jobs if job.seq > self._state.seq}
+
     def see(self, now: int, nodes: tuple[Node, ...] | None = None) -> tuple[Snapshot, Policy, dict[str, Job]]:
         """One consistent view: the snapshot, the policy in force, and the jobs that it names."""
         state = self.look()
@@ -258,6 +263,7 @@ class Picture:
 
     def _learn(self, ids: list[str]) -> None:
         """The specs of new jobs, in few reads."""
+        ids = [job_id for job_id in ids if job_id not in self._specs]
         if len(ids) > 3:
             wanted = set(ids)
             many = len(ids) if self._state.seq else None  # at first, all there are

@@ -12,33 +12,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import NamedTuple
 
-from permed_compute.admission.snapshot import ANY_GPU, CPU, NEVER, Grant, Node, Reservation, Waiting, Window
-
-
-class Need(NamedTuple):
-    """What each of a job's workers needs, and how many; what decides where it fits."""
-
-    workers_min: int
-    workers_max: int
-    cpu: int
-    memory: int
-    gpu: int
-    gpu_memory: int
-    flavors: tuple[str, ...]
-
-    @classmethod
-    def of(cls, job: Waiting) -> Need:
-        return cls._make(job.kind[2])
-
-    @property
-    def device(self) -> int:
-        """Thousandths of each device."""
-        return self.gpu if self.gpu < 1000 else 1000
-
-    @property
-    def devices(self) -> int:
-        """Devices per worker."""
-        return max(1, self.gpu // 1000)
+from permed_compute.admission.snapshot import ANY_GPU, CPU, NEVER, Grant, Need, Node, Reservation, Window
 
 
 class Claim(NamedTuple):
@@ -54,18 +28,9 @@ class Room:
     """What is left of one node; may be negative where somebody's promise stands on what a victim still holds."""
 
     __slots__ = (
-        "changes",
-        "claims",
-        "closed",
-        "cpu",
-        "gpus",
-        "memory",
-        "node",
-        "place",
-        "releases",
-        "slots",
-        "windows",
-    )
+        "changes", "claims", "closed", "cpu", "gpus", "kinds", "least", "left", "memory", "node", "place", "releases",
+        "slots", "whole", "windows",
+    )  # fmt: skip
 
     def __init__(self, node: Node, place: int) -> None:
         self.node = node
@@ -74,6 +39,18 @@ class Room:
         self.memory = node.memory
         self.gpus = [1000] * len(node.gpus)
         self.slots = {gpu.index: slot for slot, gpu in enumerate(node.gpus)}
+        self.kinds = [gpu.flavor for gpu in node.gpus]
+        """The flavor of each device."""
+        self.whole: dict[str, int] = {}
+        """By flavor, devices of which nothing is taken."""
+        self.left: dict[str, int] = {}
+        """By flavor, thousandths that are free."""
+        self.least: dict[str, int] = {}
+        """By flavor, the memory of the smallest device."""
+        for gpu in node.gpus:
+            self.whole[gpu.flavor] = self.whole.get(gpu.flavor, 0) + 1
+            self.left[gpu.flavor] = self.left.get(gpu.flavor, 0) + 1000
+            self.least[gpu.flavor] = min(self.least.get(gpu.flavor, gpu.memory), gpu.memory)
         self.closed = False
         self.changes: list[tuple[int, int, Grant]] | None = None
         """(when, 0 release, 1 end or 2 start of a claim, what), in order of time; None: to be put in order again."""
@@ -86,10 +63,20 @@ class Room:
         self.memory -= sign * grant.memory
         if grant.devices:
             each = sign * min(1000, grant.gpu_milli)
-            slots = self.slots
+            slots, gpus = self.slots, self.gpus
             for index in grant.devices:
                 if index in slots:
-                    self.gpus[slots[index]] -= each
+                    slot = slots[index]
+                    flavor, before = self.kinds[slot], gpus[slot]
+                    gpus[slot] = after = before - each
+                    self.left[flavor] -= each
+                    self.whole[flavor] += (after >= 1000) - (before >= 1000)
+
+    def spare(self, flavor: str) -> bool:
+        """Is anything free of a device of this flavor?"""
+        if len(self.left) == 1:
+            return max(self.gpus) > 0
+        return any(free > 0 and kind == flavor for kind, free in zip(self.kinds, self.gpus, strict=True))
 
     def later(self, start: int, end: int) -> Room:
         """The least that is free at every moment of [start, end): at its start, or when a claim begins within it."""
@@ -118,13 +105,21 @@ class Room:
     def _copy(self) -> Room:
         copy = Room.__new__(Room)
         copy.node, copy.place, copy.slots = self.node, self.place, self.slots
-        copy.cpu, copy.memory, copy.gpus = self.cpu, self.memory, list(self.gpus)
+        copy.kinds, copy.least = self.kinds, self.least
+        copy.cpu, copy.memory, copy.gpus = self.cpu, self.memory, self.gpus.copy()
+        copy.whole, copy.left = self.whole.copy(), self.left.copy()
         return copy
 
     def _lower_to(self, other: Room) -> None:
         self.cpu = min(self.cpu, other.cpu)
         self.memory = min(self.memory, other.memory)
-        self.gpus = [min(mine, its) for mine, its in zip(self.gpus, other.gpus, strict=True)]
+        for slot, its in enumerate(other.gpus):
+            mine = self.gpus[slot]
+            if its < mine:
+                flavor = self.kinds[slot]
+                self.gpus[slot] = its
+                self.left[flavor] -= mine - its
+                self.whole[flavor] -= (mine >= 1000) - (its >= 1000)
 
     def shut(self, account: str, start: int, end: int) -> Window | None:
         """The window that keeps this account's work off the node in [start, end)."""
@@ -135,16 +130,28 @@ class Room:
 
     def count(self, need: Need, flavor: str, most: int) -> int:
         """How many of the workers fit into what is free, at most `most`."""
-        if need.cpu > self.cpu or need.memory > self.memory:
-            return 0
-        most = min(most, self.cpu // need.cpu, self.memory // need.memory if need.memory else most)
-        if flavor == CPU or most <= 0:
-            return max(0, most)
+        _, _, cpu, memory, gpu, gpu_memory, _ = need
+        fits = self.cpu // cpu
+        if memory and (others := self.memory // memory) < fits:
+            fits = others
+        if flavor != CPU and fits > 0:
+            if gpu >= 1000 and gpu_memory <= self.least.get(flavor, 0):
+                others = self.whole.get(flavor, 0) // (gpu // 1000)
+            else:
+                others = self._devices(need, flavor)
+            if others < fits:
+                fits = others
+        if most < fits:
+            fits = most
+        return fits if fits > 0 else 0
+
+    def _devices(self, need: Need, flavor: str) -> int:
+        """The same by devices alone, looked at one by one."""
         fits, each = 0, need.device
         for gpu, free in zip(self.node.gpus, self.gpus, strict=True):
             if free >= each and gpu.flavor == flavor and gpu.memory >= need.gpu_memory:
                 fits += free // each
-        return min(most, fits // need.devices)
+        return fits // need.devices
 
     def grants(self, need: Need, flavor: str, count: int) -> list[Grant]:
         """Grants for `count` workers that fit; a share of a GPU goes to the fullest that has room."""
@@ -234,14 +241,13 @@ class Cluster:
     def _close_if_full(self, room: Room) -> None:
         if room.cpu <= 0:
             self._open[CPU].pop(room, None)
-        for flavor in {gpu.flavor for gpu in room.node.gpus}:
-            spare = any(f > 0 and g.flavor == flavor for g, f in zip(room.node.gpus, room.gpus, strict=True))
-            if room.cpu <= 0 or not spare:
+        for flavor in room.left:
+            if room.cpu <= 0 or not room.spare(flavor):
                 self._open[flavor].pop(room, None)
 
     def _reopen(self, room: Room) -> None:
         if not room.closed:
-            for flavor in (CPU, *{gpu.flavor for gpu in room.node.gpus}):
+            for flavor in (CPU, *room.left):
                 self._open[flavor].setdefault(room)
 
     # ------------------------------------------------------------------------------------- asking it
@@ -318,7 +324,7 @@ class Cluster:
             return None
         rooms = [room for room in self._here.get(flavor, ()) if not room.closed]
         sweep = _Sweep(rooms, need, flavor, most, account, length)
-        sweep.recount(now)
+        sweep.begin(now)
         ends = sorted({(claim.end, claim.grant.node) for claim in self.planned} | {
             (window.end, room.node.name) for room in rooms for window in room.windows
         })  # fmt: skip
@@ -347,12 +353,21 @@ class _Sweep:
         self._copies: dict[Room, Room] = {}
         self.counts = dict.fromkeys(rooms, 0)
         self.total = 0
+        self._timed = [room for room in rooms if room.claims or room.windows]
+        """Where more than what ends changes what is free."""
 
-    def recount(self, at: int) -> None:
-        """All rooms, exactly as they are then."""
+    def begin(self, at: int) -> None:
+        """All rooms, as they are then."""
         for room in self.counts:
             self.counts[room] = self._count(room, at)
         self.total = sum(self.counts.values())
+
+    def recount(self, at: int) -> None:
+        """All rooms, exactly as they are then: the others were counted when something in them ended."""
+        for room in self._timed:
+            self.total -= self.counts[room]
+            self.counts[room] = self._count(room, at)
+            self.total += self.counts[room]
 
     def ended(self, room: Room, grant: Grant | None, at: int) -> None:
         """A job, a reserved start or a window has ended there."""
@@ -409,8 +424,7 @@ def _chosen(
 
 def _spare(room: Room, flavor: str) -> tuple[int, int]:
     """What a node has left: the least is filled first, so that whole nodes stay free for gangs."""
-    gpus = sum(free for gpu, free in zip(room.node.gpus, room.gpus, strict=True) if flavor in (CPU, gpu.flavor))
-    return (gpus, room.cpu)
+    return (sum(room.left.values()) if flavor == CPU else room.left.get(flavor, 0), room.cpu)
 
 
 def _merged(

@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from permed_compute.admission.placement import Cluster, Need, held_until
+from permed_compute.admission.placement import Cluster, held_until
 from permed_compute.admission.policy import Policy
 from permed_compute.admission.quota import Tree, wanted_by
-from permed_compute.admission.snapshot import Grant, Reservation, Waiting, used_by
+from permed_compute.admission.snapshot import Grant, Need, Reservation, Waiting, used_by
 from permed_compute.spec import Band
 
 

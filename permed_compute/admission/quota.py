@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from permed_compute.admission.placement import Need
 from permed_compute.admission.policy import CPU, MEMORY, Account, Policy, gpu_flavor
-from permed_compute.admission.snapshot import used_by
+from permed_compute.admission.snapshot import Need, used_by
 
 __all__ = ["UNLIMITED", "Amounts", "Tree", "in_force", "used_by", "wanted_by"]
 

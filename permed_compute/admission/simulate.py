@@ -665,14 +665,14 @@ class Simulation:
 
     def _placeable(self) -> int:
         """How much of what is free waiting jobs could take at once as it lies, whatever quotas and reservations say."""
-        from permed_compute.admission.placement import Cluster, Need
+        from permed_compute.admission.placement import Cluster
 
         nodes = tuple(node for node in self.nodes if node.name not in self._down)
         cluster, total, tried = Cluster(nodes), 0, set()
         for live in self._live.values():
             cluster.hold(live.grants, 0)
         for waiting in self._waiting.values():
-            need = Need.of(waiting)
+            need = waiting.need
             if need in tried:
                 continue
             placed = next(

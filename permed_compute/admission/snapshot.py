@@ -5,9 +5,10 @@ Units: CPU in thousandths of a core, memory in MiB, GPU in thousandths of a devi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple, overload
 
 from permed_compute.admission.policy import CPU, MEMORY, Policy, gpu_flavor
 from permed_compute.queue.port import Job
@@ -15,8 +16,9 @@ from permed_compute.spec import Band
 from permed_compute.states import LIVE, JobState
 
 __all__ = [
-    "ANY_GPU", "CPU", "Admission", "Dependency", "Gpu", "Grant", "Node", "Plan", "Policy", "Preemption", "Promise",
-    "Reservation", "Resize", "Snapshot", "Start", "Wait", "Waiting", "Window", "grants_of", "take", "used_by",
+    "ANY_GPU", "CPU", "Admission", "Dependency", "Gpu", "Grant", "Need", "Node", "Plan", "Policy", "Preemption",
+    "Promise", "Reason", "Reservation", "Resize", "Snapshot", "Start", "Wait", "Waiting", "Waits", "Window",
+    "grants_of", "take", "used_by",
 ]  # fmt: skip
 
 ANY_GPU = "gpu"
@@ -115,6 +117,39 @@ class Dependency:
     state: JobState
 
 
+class Need(NamedTuple):
+    """What each of a job's workers needs, and how many; what decides where it fits."""
+
+    workers_min: int
+    workers_max: int
+    cpu: int
+    memory: int
+    gpu: int
+    gpu_memory: int
+    flavors: tuple[str, ...]
+
+    @property
+    def device(self) -> int:
+        """Thousandths of each device."""
+        return self.gpu if self.gpu < 1000 else 1000
+
+    @property
+    def devices(self) -> int:
+        """Devices per worker."""
+        return max(1, self.gpu // 1000)
+
+
+@lru_cache(maxsize=1 << 16)
+def _shared(need: Need) -> Need:
+    """One object for all that need the same."""
+    return need
+
+
+@lru_cache(maxsize=1 << 16)
+def _kind(account: str, band: Band, need: Need) -> str:
+    return f"{account} {band.value} {tuple(need)}"
+
+
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """A queued job's request, per worker; `workers_min` together or none, up to `workers_max` where they fit."""
@@ -143,15 +178,19 @@ class Waiting:
     """Seconds that its like took before, 0 = unknown. For slack and estimates; the limit stays the promise."""
     promised: tuple[Grant, ...] = ()
     """Capacity that was preempted for it: nobody else's until it starts or withdraws."""
-    kind: tuple[Any, ...] = field(init=False, repr=False, compare=False)
+    need: Need = field(init=False, repr=False, compare=False)
+    kind: str = field(init=False, repr=False, compare=False)
     """Equivalence class (account, band, need): but for their time limits, jobs of one kind fit or not alike."""
 
     def __post_init__(self) -> None:
-        need = (
-            self.workers_min, self.workers_max, self.cpu_milli, self.memory, self.gpu_milli, self.gpu_memory,
-            self.flavors,
+        need = _shared(
+            Need(
+                self.workers_min, self.workers_max, self.cpu_milli, self.memory, self.gpu_milli, self.gpu_memory,
+                self.flavors,
+            )
         )  # fmt: skip
-        object.__setattr__(self, "kind", (self.account, self.band.value, need))
+        object.__setattr__(self, "need", need)
+        object.__setattr__(self, "kind", _kind(self.account, self.band, need))
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,12 +299,60 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a class of jobs cannot start now: the code, and who and what stands in the way."""
+
+    code: str
+    blockers: tuple[str, ...] = ()
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Waits(Sequence[Wait]):
+    """One `Wait` for each job that still waits, in the order of the snapshot.
+
+    A decision finds reasons by class; what each job's is called is written out when somebody asks.
+    """
+
+    __slots__ = ("_made", "_order", "_reasons")
+
+    def __init__(self, order: tuple[Waiting, ...], reasons: Mapping[str, Reason]) -> None:
+        self._order = order
+        self._reasons = reasons
+        self._made: tuple[Wait, ...] | None = None
+
+    def all(self) -> tuple[Wait, ...]:
+        if self._made is None:
+            known = [(job.job_id, self._reasons.get(job.job_id)) for job in self._order]
+            self._made = tuple(Wait(name, why.code, why.blockers, why.numbers) for name, why in known if why)
+        return self._made
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def __iter__(self) -> Iterator[Wait]:
+        return iter(self.all())
+
+    @overload
+    def __getitem__(self, place: int) -> Wait: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Wait, ...]: ...
+    def __getitem__(self, place: int | slice) -> Wait | tuple[Wait, ...]:
+        return self.all()[place]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self.all() == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(len(self))
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What `decide` returns; committed by compare-and-set, else dropped."""
 
     policy: str
     admissions: tuple[Admission, ...] = ()
-    waits: tuple[Wait, ...] = ()
+    waits: Sequence[Wait] = ()
     preemptions: tuple[Preemption, ...] = ()
     promises: tuple[Promise, ...] = ()
     resizes: tuple[Resize, ...] = ()
