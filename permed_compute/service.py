@@ -82,7 +82,9 @@ class JobService:
             for other in spec.dependencies:
                 self.queue.job(other)
         jobs = self.queue.submit(specs, owner=self.caller.name, held=held)
-        self.wake()
+        self._seen().expect(jobs)
+        if not held:  # a held job cannot start: there is nothing to look at
+            self.wake()
         return jobs
 
     def job(self, job_id: str) -> Job:
