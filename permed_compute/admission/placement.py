@@ -222,6 +222,17 @@ class Cluster:
                 self._reopen(room)
         self._releases = None
 
+    def close(self, name: str) -> None:
+        """Nothing new is placed on this node."""
+        room = self.rooms[name]
+        room.closed = True
+        for flavor in (CPU, *room.left):
+            self._open[flavor].pop(room, None)
+
+    def open(self, name: str) -> None:
+        self.rooms[name].closed = False
+        self._reopen(self.rooms[name])
+
     @contextmanager
     def what_if(self) -> Iterator[None]:
         """Whatever is held or given back inside is undone again by the caller: the order of ends stays as it was."""

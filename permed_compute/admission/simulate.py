@@ -9,25 +9,27 @@ Same trace, policy and seed, same result to the byte.
 
 from __future__ import annotations
 
+import gc
 import heapq
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from permed_compute.admission.commit import clean, moves_of, stopping_instead
 from permed_compute.admission.decide import decide as ours
+from permed_compute.admission.placement import Cluster
 from permed_compute.admission.policy import Policy
 from permed_compute.admission.snapshot import (
     Grant,
+    Need,
     Node,
     Plan,
     Reservation,
     Snapshot,
     Waiting,
     grants_of,
-    reservation,
     used_by,
     waiting_of,
 )
@@ -37,6 +39,7 @@ from permed_compute.errors import StaleError, StateError
 from permed_compute.queue.port import Clock, Job, Lease, Move, Queue
 from permed_compute.states import LIVE, JobState
 
+T = TypeVar("T")
 Decide = Callable[[Snapshot, Policy, int], Plan]
 Open = Callable[[Clock], Queue]
 """Opens an empty queue that reads the time from the clock."""
@@ -173,7 +176,8 @@ class _Run:
     had to start from its last checkpoint."""
 
     __slots__ = (
-        "began", "counted", "grants", "job", "kept", "left", "record", "token", "trace", "work_from", "workers",
+        "amount", "began", "counted", "grants", "job", "kept", "left", "record", "token", "trace", "uses", "work_from",
+        "workers",
     )  # fmt: skip
 
     def __init__(self, trace: TraceJob, record: Record) -> None:
@@ -183,6 +187,9 @@ class _Run:
         self.left = self.kept = trace.work * trace.workers_min
         self.workers = 0
         self.grants: tuple[Grant, ...] = ()
+        self.uses: dict[str, int] = {}
+        self.amount = 0
+        """Measured resource of its grants, in thousandths."""
         self.began = 0
         """When this attempt began: its time limit counts from here."""
         self.counted = 0
@@ -206,6 +213,60 @@ class _Run:
         if not every or now <= self.work_from:
             return self.work_from
         return self.work_from + (now - self.work_from) // every * every
+
+
+class _Asking:
+    """What the waiting jobs ask for at least, kept up as they come and go."""
+
+    def __init__(self, gpu: bool, policy: Policy) -> None:
+        self._gpu = gpu
+        self._policy = policy
+        self._jobs: Counter[tuple[str, bool, int]] = Counter()
+        """(account, may it reclaim, thousandths of the measured resource) → jobs."""
+        self._by_need: Counter[Need] = Counter()
+        self._paused: list[Waiting] = []
+        """In back-off since they were last looked at."""
+
+    @property
+    def needs(self) -> int:
+        return len(self._by_need)
+
+    def _key(self, job: Waiting) -> tuple[str, bool, int]:
+        unit = job.gpu_milli if self._gpu else job.cpu_milli
+        return job.account, self._policy.rules[job.band].reclaims, job.workers_min * unit
+
+    def add(self, job: Waiting) -> None:
+        self._jobs[self._key(job)] += 1
+        self._by_need[job.need] += 1
+        if job.not_before:
+            self._paused.append(job)
+
+    def remove(self, job: Waiting) -> None:
+        _less(self._jobs, self._key(job))
+        _less(self._by_need, job.need)
+        if job in self._paused:
+            self._paused.remove(job)
+
+    def by_account(self, now: int) -> tuple[dict[str, int], dict[str, int], int]:
+        """What those that may reclaim ask for, the largest of it, and what all ask for."""
+        self._paused = [job for job in self._paused if job.not_before > now]
+        paused = Counter(self._key(job) for job in self._paused)
+        asked: dict[str, int] = {}
+        largest: dict[str, int] = {}
+        wanted = 0
+        for (account, reclaims, need), jobs in self._jobs.items():
+            wanted += jobs * need
+            jobs -= paused[account, reclaims, need]
+            if reclaims and jobs:
+                asked[account] = asked.get(account, 0) + jobs * need
+                largest[account] = max(largest.get(account, 0), need)
+        return asked, largest, wanted
+
+
+def _less(counter: Counter[T], key: T) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
 
 
 _FINISH, _RUN, _STOPPED, _LOST, _NODE_DOWN, _NODE_UP = range(6)
@@ -234,6 +295,9 @@ class Simulation:
         self._records = [Record(job, need=job.work * job.workers_min * self._unit(job)) for job in trace.jobs]
         self._runs: dict[str, _Run] = {}
         self._waiting: dict[str, Waiting] = {}
+        self._asking = _Asking(self._gpu, policy)
+        self._floor = Cluster(self.nodes)
+        """What is free, whatever quotas and reserved starts say: for samples."""
         self._live: dict[str, Reservation] = {}
         self._heap: list[tuple[int, int, int, Any, int]] = []
         self._count = 0
@@ -265,12 +329,22 @@ class Simulation:
     def attained(self, job_id: str) -> int:
         """Measured resource × ms that the job has had: what least-attained-service orders by."""
         run = self._runs[job_id]
-        return run.record.held + self._measure(run.grants) * (self._clock.now - run.counted)
+        return run.record.held + run.amount * (self._clock.now - run.counted)
 
     # ------------------------------------------------------------------------------------- the loop
 
     def run(self, until: int | None = None) -> Outcome:
         """To the end of the last job, or to `until` ms after the trace's start."""
+        # Everything that is made here stays: the collector would look at all of it again and again.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return self._run(until)
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _run(self, until: int | None) -> Outcome:
         last = None if until is None else self.trace.start + until
         while (now := self._next_moment()) is not None and (last is None or now <= last):
             self._clock.now = now
@@ -321,7 +395,16 @@ class Simulation:
 
     def _queued(self, run: _Run, job: Job) -> None:
         run.job = job
-        self._waiting[job.id] = waiting_of(job, {})
+        before = self._waiting.get(job.id)
+        if before is not None:  # it has been promised something
+            self._asking.remove(before)
+        waiting = self._waiting[job.id] = waiting_of(job, {})
+        self._asking.add(waiting)
+
+    def _not_waiting(self, job_id: str) -> None:
+        before = self._waiting.pop(job_id, None)
+        if before is not None:
+            self._asking.remove(before)
 
     # ------------------------------------------------------------------------------------- the machines
 
@@ -338,7 +421,7 @@ class Simulation:
         elif kind == _FINISH:
             run.progress(now)
             over = run.left > 0  # it reached its time limit first
-            run.record.lost += self._measure(run.grants) * (now - run.began) if over else 0
+            run.record.lost += run.amount * (now - run.began) if over else 0
             self._release(run, now)
             self._end(run, JobState.TIMED_OUT if over else JobState.SUCCEEDED, now)
         elif kind == _STOPPED:
@@ -352,8 +435,7 @@ class Simulation:
         if run.grants:
             raise StateError(f"{run.trace.name} is launched while an attempt of it lives.")
         run.job = job
-        run.grants = grants_of(job)
-        run.workers = len(run.grants)
+        self._granted(run, grants_of(job))
         run.began = run.counted = now
         run.work_from = now + self.rules.launch
         run.token += 1
@@ -367,10 +449,16 @@ class Simulation:
             self._move(run, JobState.RUNNING, "started", started_at=now)
         self._hold(run, 1, now)
         self._finish_later(run)
-        del self._waiting[job.id]
-        self._live[job.id] = self._reservation(run, job)
-        if any(grant.node in self._down for grant in run.grants):
+        self._not_waiting(job.id)
+        self._live[job.id] = self._reservation(run)
+        if self._down and any(grant.node in self._down for grant in run.grants):
             self._lose(run, now)
+
+    def _granted(self, run: _Run, grants: tuple[Grant, ...]) -> None:
+        run.grants = grants
+        run.workers = len(grants)
+        run.uses = used_by(grants)
+        run.amount = self._measure(grants)
 
     def _finish_later(self, run: _Run) -> None:
         limit = run.began + self.rules.launch + run.trace.limit
@@ -380,41 +468,44 @@ class Simulation:
             end += self._chance.randrange(600_000)
         self._at(end, _FINISH, run, run.token)
 
-    def _reservation(self, run: _Run, job: Job) -> Reservation:
-        assert run.job is not None
-        held = reservation(job, self.policy.grace * 1000)
-        return replace(
-            held, version=run.job.version, started_at=run.began, kept_at=run.work_from,
-            ends_by=run.began + run.trace.limit + self.rules.launch + self.policy.grace * 1000,
-            stoppable=run.job.state is JobState.RUNNING,
+    def _reservation(self, run: _Run) -> Reservation:
+        """What `snapshot.reservation` would make of it, with the simulated machine's own times."""
+        job, trace = run.job, run.trace
+        assert job is not None
+        elastic = trace.workers_max > trace.workers_min
+        return Reservation(
+            job.id, trace.name, trace.account, trace.band, run.grants,
+            run.began + trace.limit + self.rules.launch + self.policy.grace * 1000, job.version, run.began,
+            run.work_from, job.spec.time_limit, trace.workers_min if elastic else 0,
+            trace.workers_max if elastic else 0, job.state is JobState.RUNNING, int(job.detail.get("charge", 1000)),
         )  # fmt: skip
 
     def _hold(self, run: _Run, sign: int, now: int) -> None:
         self._area += self._busy * max(0, min(now, self._horizon) - self._since)
         self._since = max(self._since, min(now, self._horizon))
-        amount = self._measure(run.grants)
-        self._busy += sign * amount
-        self._used[run.trace.account] += sign * amount
+        self._busy += sign * run.amount
+        self._used[run.trace.account] += sign * run.amount
+        self._floor.hold(run.grants, 0, sign)
         charge = int(run.job.detail.get("charge", 1000)) if run.job is not None else 1000
-        self._usage.hold(run.trace.account, used_by(run.grants), sign * charge, now)
+        self._usage.hold(run.trace.account, run.uses, sign * charge, now)
 
     def _release(self, run: _Run, now: int) -> None:
         assert run.job is not None
         self._hold(run, -1, now)
         self._count_held(run, now)
-        run.grants = ()
+        self._granted(run, ())
         run.token += 1
         del self._live[run.job.id]
 
     def _count_held(self, run: _Run, now: int) -> None:
-        run.record.held += self._measure(run.grants) * (now - run.counted)
+        run.record.held += run.amount * (now - run.counted)
         run.counted = now
 
     def _requeue(self, run: _Run, reason: str, now: int, *, not_before: int = 0) -> None:
         """It was stopped: back to its last checkpoint. What it held since it was asked to stop (`work_from` stands
         there) did nothing either."""
         run.record.lost += self._unit(run.trace) * (run.kept - run.left)
-        run.record.lost += self._measure(run.grants) * max(0, now - run.work_from)
+        run.record.lost += run.amount * max(0, now - run.work_from)
         self._release(run, now)
         run.left = run.kept
         assert run.job is not None
@@ -456,9 +547,11 @@ class Simulation:
     def _node(self, kind: int, name: str, now: int) -> None:
         if kind == _NODE_UP:
             self._down.discard(name)
+            self._floor.open(name)
         else:
             self.told["nodes lost"] += 1
             self._down.add(name)
+            self._floor.close(name)
             for run in [run for run in self._runs.values() if any(grant.node == name for grant in run.grants)]:
                 self._lose(run, now)
         self._look(now)
@@ -477,10 +570,10 @@ class Simulation:
         job = run.job
         assert job is not None
         self._moves.append(Move(job.id, job.version, to, reason, ACTOR, self.policy.version, **changes))
-        known = {"attempt": job.attempt, "started_at": job.started_at, "detail": job.detail}
-        run.job = replace(
-            job, state=to, version=job.version + 1, reason=reason, changed_at=self._clock.now,
-            **{name: changes.get(name, value) for name, value in known.items()},
+        run.job = Job(
+            job.id, job.spec, to, job.version + 1, job.seq, job.owner, changes.get("attempt", job.attempt), reason,
+            job.submitted_at, self._clock.now, changes.get("started_at", job.started_at), job.array_id,
+            job.array_index, changes.get("detail", job.detail),
         )  # fmt: skip
         return run.job
 
@@ -517,7 +610,7 @@ class Simulation:
         for job_id, held in self._live.items():
             kept = self._runs[job_id].kept_at(now)
             if kept != held.kept_at:
-                held = self._live[job_id] = replace(held, kept_at=kept)
+                held = self._live[job_id] = held.kept(kept)
             live.append(held)
         nodes = tuple(node for node in self.nodes if node.name not in self._down) if self._down else self.nodes
         return Snapshot(
@@ -577,8 +670,7 @@ class Simulation:
         run.kept = run.left if run.trace.checkpoint else run.kept
         self._hold(run, -1, now)
         self._count_held(run, now)
-        run.grants = grants_of(job)
-        run.workers = len(run.grants)
+        self._granted(run, grants_of(job))
         self._hold(run, 1, now)
         run.token += 1
         if job.state is JobState.LAUNCHING:
@@ -610,7 +702,7 @@ class Simulation:
         job = run.job
         assert job is not None
         run.job = self._queue.apply([Move(job.id, job.version, JobState.CANCELLED, "cancelled-by-user", "trace")])[0]
-        del self._waiting[job.id]
+        self._not_waiting(job.id)
         run.record.end, run.record.outcome = now - self.trace.start, "CANCELLED"
 
     def _check(self) -> None:
@@ -644,46 +736,37 @@ class Simulation:
         capacity = sum(
             1000 * len(node.gpus) if self._gpu else node.cpu_milli for node in self.nodes if node.name not in self._down
         )
-        asked: Counter[str] = Counter()
-        largest: dict[str, int] = {}
-        wanted = 0
-        for waiting in self._waiting.values():
-            need = waiting.workers_min * (waiting.gpu_milli if self._gpu else waiting.cpu_milli)
-            wanted += need
-            if self.policy.rules[waiting.band].reclaims and waiting.not_before <= now:
-                asked[waiting.account] += need
-                if need > largest.get(waiting.account, 0):
-                    largest[waiting.account] = need
+        asked, largest, wanted = self._asking.by_account(now)
         free = capacity - self._busy
         placeable = self._placeable() if free > 0 and wanted else 0
         self._samples.append(
             Sample(
                 now - self.trace.start, len(self._waiting), self._busy, capacity, wanted, min(free, placeable),
-                {name: amount for name, amount in self._used.items() if amount}, dict(asked), largest,
+                {name: amount for name, amount in self._used.items() if amount}, asked, largest,
             )
         )  # fmt: skip
 
     def _placeable(self) -> int:
         """How much of what is free waiting jobs could take at once as it lies, whatever quotas and reservations say."""
-        from permed_compute.admission.placement import Cluster
-
-        nodes = tuple(node for node in self.nodes if node.name not in self._down)
-        cluster, total, tried = Cluster(nodes), 0, set()
-        for live in self._live.values():
-            cluster.hold(live.grants, 0)
+        total, tried, placed = 0, set(), []
         for waiting in self._waiting.values():
             need = waiting.need
             if need in tried:
                 continue
-            placed = next(
-                (found for flavor in cluster.meanings(need)
-                 if (found := cluster.place(need, flavor, need.workers_max, waiting.account, 0, 1))), None,
+            found = next(
+                (found for flavor in self._floor.meanings(need)
+                 if (found := self._floor.place(need, flavor, need.workers_max, waiting.account, 0, 1))), None,
             )  # fmt: skip
-            if placed is None:
+            if found is None:
                 tried.add(need)
+                if len(tried) == self._asking.needs:
+                    break
                 continue
-            cluster.hold(placed, 0)
-            total += self._measure(placed)
+            self._floor.hold(found, 0)
+            placed.append(found)
+            total += self._measure(found)
+        for found in placed:
+            self._floor.hold(found, 0, -1)
         return total
 
     def _outcome(self) -> Outcome:

@@ -108,6 +108,13 @@ class Reservation:
     def __post_init__(self) -> None:
         object.__setattr__(self, "uses", used_by(self.grants))
 
+    def kept(self, at: int) -> Reservation:
+        """The same with its newest checkpoint at that moment."""
+        return Reservation(
+            self.job_id, self.name, self.account, self.band, self.grants, self.ends_by, self.version, self.started_at,
+            at, self.time_limit, self.workers_min, self.workers_max, self.stoppable, self.charge,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Dependency:
