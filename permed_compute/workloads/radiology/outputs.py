@@ -1,4 +1,4 @@
-"""A brain mask as DICOM SEG, NIfTI and one picture, all in the geometry of the source series.
+"""A mask or label map as DICOM SEG, NIfTI and one picture, all in the geometry of the source series.
 
 The same source, model and parameters give the same bytes: UIDs are derived from them, times are the source's (the
 content's moment is that of the images it shows; when it was computed stands in the manifest), gzip carries no clock.
@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from permed_compute.errors import WorkloadError
 from permed_compute.spec import Purpose
 from permed_compute.workloads.radiology.read import Volume
+
+MANUFACTURER = "permed_compute"
+_CHROMA = float(np.hypot(45, 40))
 
 # What a result shares with its source (Patient, Patient Study and General Study modules). Nothing else is copied:
 # headers of scanners and converters hold values that DICOM forbids, and private data that no result should carry.
@@ -37,15 +42,45 @@ _EMPTY_WHERE_MISSING = (
 )  # fmt: skip
 
 
+Coding = Literal["BINARY", "LABELMAP"]
+"""How a SEG holds its pixels. BINARY is what every viewer reads; LABELMAP (2024) is small with many segments."""
+Concept = tuple[str, str, str]
+"""(code value, coding scheme, meaning), e.g. SNOMED CT."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One structure: what it is called and, in codes, what it is."""
+
+    label: str
+    kind: Concept
+    category: Concept = ("91723000", "SCT", "Anatomical structure")
+
+
+BRAIN = Segment("Brain", ("12738006", "SCT", "Brain"))
+
+
 @dataclass(frozen=True, slots=True)
 class Algorithm:
-    """What made the mask. `digest` is the model's, `parameters` text that a reader can repeat it from."""
+    """What made the mask. `digest` is the model's, `parameters` text that a reader can repeat it from.
+
+    label: of the result as a whole. segments: label n of a label map is segment n, from 1.
+    """
 
     name: str
     version: str
     digest: str
     parameters: str
     label: str = "Brain"
+    segments: tuple[Segment, ...] = (BRAIN,)
+
+    def key(self, volume: Volume, purpose: Purpose) -> tuple[str, str, str, str]:
+        """What the UIDs of every result of this algorithm on that volume are derived from."""
+        return volume.series, self.digest, self.parameters, purpose.value
+
+    def described(self, what: str, purpose: Purpose) -> str:
+        """A series description: what it is, and that it is research where it is not for care."""
+        return (f"{self.label} {what}" if purpose is Purpose.CARE else f"RESEARCH {self.label} {what}")[:64]
 
 
 def derived_uid(*parts: str) -> str:
@@ -75,70 +110,85 @@ def write_nifti(mask: np.ndarray, volume: Volume, path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ DICOM SEG
 
 
-def write_seg(mask: np.ndarray, volume: Volume, path: Path, algorithm: Algorithm, purpose: Purpose) -> None:
-    """`mask` (shape of `volume.array`) as a BINARY DICOM SEG (PS3.3 A.51): a new series in the source's study.
+def write_seg(
+    mask: np.ndarray, volume: Volume, path: Path, algorithm: Algorithm, purpose: Purpose, coding: Coding = "BINARY"
+) -> None:
+    """`mask` (shape of `volume.array`, bool or labels 0 … number of segments) as DICOM SEG (PS3.3 A.51), a new series.
 
-    One frame per source slice, empty ones too, so that the frames alone give the whole geometry back. Anything that is
-    not for care says so in its labels and in ContentQualification.
+    A single segment has one frame per source slice, empty ones too, so that the frames alone give the whole geometry
+    back; of several, the empty frames are left out. Anything that is not for care says so in its labels and in
+    ContentQualification. Raises `WorkloadError` where the mask holds a label without a segment.
     """
     from highdicom import PlaneOrientationSequence, PlanePositionSequence
     from highdicom.seg import Segmentation
 
-    sources = _sources(volume)
-    key = (volume.series, algorithm.digest, algorithm.parameters, purpose.value)
+    count = len(algorithm.segments)
+    if int(mask.max(initial=0)) > count:
+        raise WorkloadError(f"The mask holds label {int(mask.max())}; {count} segment(s) are described.")
+    key = algorithm.key(volume, purpose) + (() if coding == "BINARY" else (coding,))
     care = purpose is Purpose.CARE
-    label = algorithm.label.upper()
+    label = re.sub(r"[^A-Z0-9_ ]", "_", algorithm.label.upper())
+    pixels = mask.transpose(2, 1, 0).astype(np.uint8 if count < 256 else np.uint16)
     seg = Segmentation(
-        source_images=sources,
-        pixel_array=np.ascontiguousarray(mask.transpose(2, 1, 0), dtype=np.uint8),
-        segmentation_type="BINARY",
-        segment_descriptions=[_segment(algorithm)],
+        source_images=sources(volume),
+        pixel_array=np.ascontiguousarray(pixels),
+        segmentation_type=coding,
+        segment_descriptions=[_segment(number, item, algorithm) for number, item in enumerate(algorithm.segments, 1)],
         series_instance_uid=derived_uid("seg-series", *key),
-        series_number=_series_number(volume),
+        series_number=series_number(volume, 1),
         sop_instance_uid=derived_uid("seg-instance", *key),
         instance_number=1,
-        manufacturer="permed_compute",
+        manufacturer=MANUFACTURER,
         manufacturer_model_name=algorithm.name if care else f"{algorithm.name} (research)",
         software_versions=algorithm.version,
         device_serial_number=algorithm.digest[:16],
-        content_label=label if care else f"RESEARCH_{label}"[:16],
+        content_label=(label if care else f"RESEARCH_{label}")[:16],
         content_description=f"{algorithm.label} by {algorithm.name} {algorithm.version}"[:64],
         content_creator_name="permed_compute^",
-        series_description=(f"{algorithm.label} mask" if care else f"RESEARCH {algorithm.label} mask")[:64],
+        series_description=algorithm.described("mask", purpose),
         pixel_measures=_measures(volume),
         plane_orientation=PlaneOrientationSequence("PATIENT", _given(volume.slices[0].orientation)),
         plane_positions=[PlanePositionSequence("PATIENT", _given(item.position)) for item in volume.slices],
-        omit_empty_frames=False,
+        omit_empty_frames=coding == "BINARY" and count > 1 and bool(mask.any()),
     )
     if not care:
         seg.ContentQualification = "RESEARCH"
-    _copy_patient_and_study(seg, volume)
-    _settle(seg, volume, derived_uid("seg-dimensions", *key))
+    copy_patient_and_study(seg, volume)
+    settle(seg, volume)
+    _settle_dimensions(seg, derived_uid("seg-dimensions", *key))
     seg.save_as(path, enforce_file_format=True)
 
 
-def _segment(algorithm: Algorithm) -> Any:
+def identification(algorithm: Algorithm) -> Any:
+    """The algorithm as SEG and SR name it (PS3.3 10.15)."""
     from highdicom import AlgorithmIdentificationSequence
-    from highdicom.color import CIELabColor
-    from highdicom.seg import SegmentDescription
     from pydicom.sr.codedict import codes
-    from pydicom.sr.coding import Code
 
-    identification = AlgorithmIdentificationSequence(
+    sequence = AlgorithmIdentificationSequence(
         name=algorithm.name,
         version=algorithm.version,
         family=codes.cid7162.ArtificialIntelligence,
         source=f"sha256:{algorithm.digest[:48]}",
     )
-    identification[0].AlgorithmParameters = algorithm.parameters
+    sequence[0].AlgorithmParameters = algorithm.parameters
+    return sequence
+
+
+def _segment(number: int, segment: Segment, algorithm: Algorithm) -> Any:
+    from highdicom.color import CIELabColor
+    from highdicom.seg import SegmentDescription
+    from pydicom.sr.coding import Code
+
+    # Golden angle round the colour wheel: neighbours differ, a number keeps its colour, 1 is warm red.
+    angle = np.arctan2(40, 45) + np.radians(137.508) * (number - 1)
     return SegmentDescription(
-        segment_number=1,
-        segment_label=algorithm.label,
-        segmented_property_category=codes.cid7150.AnatomicalStructure,
-        segmented_property_type=Code("12738006", "SCT", "Brain"),
+        segment_number=number,
+        segment_label=segment.label,
+        segmented_property_category=Code(*segment.category),
+        segmented_property_type=Code(*segment.kind),
         algorithm_type="AUTOMATIC",
-        algorithm_identification=identification,
-        display_color=CIELabColor(65.0, 45.0, 40.0),
+        algorithm_identification=identification(algorithm),
+        display_color=CIELabColor(65.0, _CHROMA * float(np.cos(angle)), _CHROMA * float(np.sin(angle))),
     )
 
 
@@ -157,7 +207,7 @@ def _given(values: tuple[float, ...] | None) -> tuple[float, ...]:
     return values
 
 
-def _sources(volume: Volume) -> list[Any]:
+def sources(volume: Volume) -> list[Any]:
     """The source images as the library must know them: references and geometry, decimal texts written anew.
 
     One data set per slice; one for all where the source is a multi-frame image. Without the patient: the library's
@@ -192,21 +242,21 @@ def _reference(volume: Volume, k: int) -> Any:
     return ds
 
 
-def _copy_patient_and_study(seg: Any, volume: Volume) -> None:
+def copy_patient_and_study(result: Any, volume: Volume) -> None:
     """As the source has them, in UTF-8: files without a character set hold Latin-1 more often than not."""
     from pydicom.valuerep import PersonName
 
     header = volume.header
     for keyword in (*_TEXTS, *_SEQUENCES):
-        if keyword in header:
-            seg.add(header[keyword])
+        if keyword in header and (keyword != "PositionReferenceIndicator" or "FrameOfReferenceUID" in result):
+            result.add(header[keyword])
     for keyword in _DECIMALS:
         values = header.get(keyword)
         if values not in (None, ""):
             many = values if hasattr(values, "__iter__") and not isinstance(values, str) else [values]
-            setattr(seg, keyword, _decimals(many))
+            setattr(result, keyword, _decimals(many))
     for keyword in ("PatientName", "ReferringPhysicianName"):
-        seg[keyword].value = PersonName(str(header.get(keyword) or ""))
+        result[keyword].value = PersonName(str(header.get(keyword) or ""))
 
 
 def _decimals(values: Any) -> list[Any]:
@@ -215,24 +265,28 @@ def _decimals(values: Any) -> list[Any]:
     return [DSfloat(float(value), auto_format=True) for value in values]
 
 
-def _series_number(volume: Volume) -> int:
-    """The source's series number × 100 + 1, as PACS users know derived series; 9001 where it has none that fits."""
+def series_number(volume: Volume, kind: int) -> int:
+    """The source's series number × 100 + kind (1 SEG, 2 SR, 3 picture), as PACS users know derived series; 9000 + kind
+    where it has none that fits."""
     number = volume.header.get("SeriesNumber")
-    return int(number) * 100 + 1 if str(number or "").isdigit() and int(number) < 10_000_000 else 9001
+    return int(number) * 100 + kind if str(number or "").isdigit() and int(number) < 10_000_000 else 9000 + kind
 
 
-def _settle(seg: Any, volume: Volume, dimensions: str) -> None:
-    """Replace what the library takes from the clock and from chance."""
+def settle(result: Any, volume: Volume) -> None:
+    """Replace what a library takes from the clock: dates and times are those of the images that the result shows."""
     header = volume.header
     date = str(header.get("SeriesDate") or header.get("StudyDate") or "19700101")
     time = str(header.get("SeriesTime") or header.get("StudyTime") or "000000")
-    seg.SeriesDate = seg.ContentDate = date
-    seg.SeriesTime = seg.ContentTime = time
+    result.SeriesDate = result.ContentDate = date
+    result.SeriesTime = result.ContentTime = time
     for keyword in ("InstanceCreationDate", "InstanceCreationTime"):
-        if keyword in seg:
-            delattr(seg, keyword)
-    for item in seg.get("ContributingEquipmentSequence", ()):
-        del item.ContributionDateTime
+        if keyword in result:
+            delattr(result, keyword)
+    for item in result.get("ContributingEquipmentSequence", ()):
+        item.pop("ContributionDateTime", None)
+
+
+def _settle_dimensions(seg: Any, dimensions: str) -> None:
     for item in (*seg.DimensionIndexSequence, *seg.DimensionOrganizationSequence):
         item.DimensionOrganizationUID = dimensions
 

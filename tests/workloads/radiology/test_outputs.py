@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import highdicom
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 from pydicom import dcmread
 
+from permed_compute.errors import WorkloadError
 from permed_compute.spec import Purpose
 from permed_compute.workloads.radiology import outputs, sample
 from permed_compute.workloads.radiology.read import Volume
@@ -170,6 +172,50 @@ def test_the_overlay_is_a_picture_with_an_outline(regular, tmp_path):
     assert outlined.shape == (420, 1200, 3)
     orange = (outlined[..., 0] - outlined[..., 2] > 100).sum()
     assert orange > 100 and (plain[..., 0] != plain[..., 2]).sum() == 0
+
+
+ORGANS = replace(
+    ALGORITHM,
+    label="Organs",
+    segments=(
+        outputs.Segment("Liver", ("10200004", "SCT", "Liver")),
+        outputs.Segment("Spleen", ("78961009", "SCT", "Spleen")),
+        outputs.Segment("Aorta", ("15825003", "SCT", "Aorta")),
+    ),
+)
+
+
+def organs(volume: Volume) -> np.ndarray:
+    """Three labels, the last one on one slice only."""
+    labels = blob(volume).astype(np.uint8)
+    labels[: labels.shape[0] // 3][labels[: labels.shape[0] // 3] > 0] = 2
+    labels[-1, -1, 1] = 3
+    return labels
+
+
+@pytest.mark.parametrize("coding", ["BINARY", "LABELMAP"])
+def test_a_label_map_comes_back_label_by_label(regular, tmp_path, coding):
+    volume = load(regular)
+    labels = organs(volume)
+    outputs.write_seg(labels, volume, tmp_path / "s.dcm", ORGANS, Purpose.CARE, coding)
+    seg = highdicom.seg.segread(tmp_path / "s.dcm")
+    assert seg.SegmentationType == coding
+    assert [seg.get_segment_description(n).segment_label for n in (1, 2, 3)] == ["Liver", "Spleen", "Aorta"]
+    for k, item in enumerate(volume.slices):
+        planes = seg.get_pixels_by_source_instance(
+            [item.sop_instance],
+            combine_segments=True,
+            ignore_spatial_locations=True,
+            assert_missing_frames_are_empty=True,
+        )
+        assert np.array_equal(planes[0].T, labels[:, :, k])
+
+
+def test_a_label_that_nothing_describes(regular, tmp_path):
+    volume = load(regular)
+    with pytest.raises(WorkloadError, match="label 2"):
+        outputs.write_seg(organs(volume).clip(0, 2), volume, tmp_path / "s.dcm", ALGORITHM, Purpose.CARE)
+    assert not (tmp_path / "s.dcm").exists()
 
 
 def dciodvfy(path: Path) -> list[str]:
