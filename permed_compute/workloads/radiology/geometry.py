@@ -185,6 +185,17 @@ def _check_directions(slices: Sequence[Slice], about: str) -> None:
         refuse("SPACING_INVALID", "PixelSpacing is not above zero.", about)
 
 
+def check_instances(slices: Sequence[Slice], about: str) -> None:
+    """Refuse different planes that bear one SOP instance UID: one of them is not what it says."""
+    names = [(item.sop_instance, item.frame) for item in slices if item.sop_instance]
+    twice = len(names) - len(set(names))
+    if twice:
+        refuse(
+            "DUPLICATE_SOP_UID", f"{twice} slice(s) bear the SOP instance UID of a slice elsewhere.", about,
+            "Export the series again from its archive.", duplicates=twice, slices=len(slices),
+        )  # fmt: skip
+
+
 def ordered(slices: Sequence[Slice]) -> list[Slice]:
     """By projection of the position on the normal, ascending; ties by digest and frame, so that the order is one."""
     across = normal(slices[0].orientation or ())

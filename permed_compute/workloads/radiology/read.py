@@ -334,7 +334,7 @@ def _planes(ds: Any, source: str, about: str) -> Finding | tuple[Identity, list[
             return _unreadable("BROKEN_HEADER", "A DICOM file broken off in its header was skipped.", about)
         return identity, []
     instance = str(ds.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID", ""))
-    image_type = [str(value).upper() for value in _many(ds.get("ImageType"))]
+    image_type = [str(value).upper() for value in many(ds.get("ImageType"))]
     numbers = _Numbers()
     frames = int(ds.get("NumberOfFrames") or 1)
     plane = Slice(
@@ -351,7 +351,7 @@ def _planes(ds: Any, source: str, about: str) -> Finding | tuple[Identity, list[
     return identity, [_placed(plane, ds, ds, ds, ds, numbers)]
 
 
-def _many(value: Any) -> list[Any]:
+def many(value: Any) -> list[Any]:
     if value is None:
         return []
     return [value] if isinstance(value, str) or not hasattr(value, "__iter__") else list(value)
@@ -434,7 +434,7 @@ class _Numbers:
             self.overlong = self.overlong or any(len(text.rstrip()) > 16 for text in texts)
             texts = [text.strip() for text in texts]
         else:
-            texts = [str(value) for value in _many(ds[tag].value)]
+            texts = [str(value) for value in many(ds[tag].value)]
         return texts if any(texts) else []
 
 
@@ -447,24 +447,35 @@ def assemble(series: Series, threads: int = 1) -> Volume:
     Images at one position are one image where their pixels are equal, and refused where they differ (several echoes,
     phases or time points are several volumes).
     """
-    about = series.digest
-    slices, findings = geometry.without_localisers(series.slices, about)
-    geometry.check_uniform(slices, about)
-    slices, mended = _without_duplicates(geometry.ordered(slices), about)
-    stack = geometry.regular(slices, about)
-    array, inverted = _decode(stack.slices, about, threads)
-    findings += [*mended, *stack.findings, *inverted]
-    with open_source(stack.slices[0].source) as file:
-        header = read_dataset(file)
-    return Volume(array, stack.affine, stack.slices, header, about, series.modality, tuple(findings))
+    slices, findings = in_order(series)
+    stack = geometry.regular(slices, series.digest)
+    array, inverted = decode(stack.slices, series.digest, threads)
+    findings += [*stack.findings, *inverted]
+    header = header_of(stack.slices[0])
+    return Volume(array, stack.affine, stack.slices, header, series.digest, series.modality, tuple(findings))
 
 
 def check(series: Series) -> None:
     """The geometry alone, without decoding more than duplicates. Raises `RefusedInput`."""
-    slices, _ = geometry.without_localisers(series.slices, series.digest)
+    geometry.regular(in_order(series)[0], series.digest)
+
+
+def in_order(series: Series) -> tuple[list[Slice], list[Finding]]:
+    """The series' planes along their normal, one at each place: all that its volume needs but even, straight steps.
+
+    Raises `RefusedInput`.
+    """
+    slices, findings = geometry.without_localisers(series.slices, series.digest)
     geometry.check_uniform(slices, series.digest)
-    slices, _ = _without_duplicates(geometry.ordered(slices), series.digest)
-    geometry.regular(slices, series.digest)
+    slices, mended = _without_duplicates(geometry.ordered(slices), series.digest)
+    geometry.check_instances(slices, series.digest)
+    return slices, [*findings, *mended]
+
+
+def header_of(item: Slice) -> Any:
+    """The data set of a plane's file, without pixels."""
+    with open_source(item.source) as file:
+        return read_dataset(file)
 
 
 def _without_duplicates(slices: list[Slice], about: str) -> tuple[list[Slice], list[Finding]]:
@@ -550,7 +561,7 @@ def _values(item: Slice, stored: np.ndarray) -> np.ndarray:
     return (stored * np.float64(item.slope) + item.intercept).astype(np.float32)
 
 
-def _decode(slices: Sequence[Slice], about: str, threads: int) -> tuple[np.ndarray, list[Finding]]:
+def decode(slices: Sequence[Slice], about: str, threads: int) -> tuple[np.ndarray, list[Finding]]:
     """(columns, rows, slices) in modality values; int16 where every plane is whole and fits, else float32."""
     with ThreadPoolExecutor(max(1, threads)) as pool:
         planes = list(pool.map(lambda item: _values(item, _stored(item)), slices))
