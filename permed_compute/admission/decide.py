@@ -94,8 +94,8 @@ class _Decision:
         """Live jobs that this decision stops or shrinks."""
         self.tries = _PREEMPTORS
         """Attempts to preempt that are left: each looks at everything that runs."""
-        self.using: dict[tuple[int, str], list[str]] = {}
-        """Live jobs by (account and those above it, flavor)."""
+        self.below: dict[int, list[Reservation]] = {}
+        """Live jobs of an account and those below it, soonest end first."""
         self.just_used: dict[tuple[int, str], list[str]] = {}
         """The same of what this decision starts."""
         self.quota_kept: list[_Kept] = []
@@ -447,13 +447,12 @@ class _Decision:
     def _quota_holders(self, account: str, flavor: str) -> tuple[str, ...]:
         """Who uses what the account waits for: all in the branch whose limit it is, soonest end first."""
         place = self.tree.limiting(self.tree.number[account], flavor)
-        if not self.using:
+        if not self.below:
             for held in self.holders:
                 for above in self.tree.path(self.tree.number.get(held.account, -1)):
-                    for name in held.uses:
-                        self.using.setdefault((above, name), []).append(held.job_id)
-        found = self.using.get((place, flavor), [])[:_BLOCKERS]
-        return tuple(found) or tuple(self.just_used.get((place, flavor), ())[:_BLOCKERS])
+                    self.below.setdefault(above, []).append(held)
+        users = (held.job_id for held in self.below.get(place, ()) if flavor in held.uses)
+        return tuple(islice(users, _BLOCKERS)) or tuple(self.just_used.get((place, flavor), ())[:_BLOCKERS])
 
     # ------------------------------------------------------------------------------------- 7
 

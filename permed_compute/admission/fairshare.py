@@ -35,13 +35,18 @@ class Levels:
     def __init__(self, policy: Policy, tree: Tree) -> None:
         self._policy = policy
         self._tree = tree
-        self._flavors: dict[str, int] = {}
-        self._factors: list[dict[str, int]] = [{} for _ in tree.names]
+        self._factors: dict[tuple[int, str], tuple[int, int]] = {}
         self.level = [0] * len(tree.names)
         self.own = [0] * len(tree.names)
         """Of what the account's own jobs use, beside the accounts below it."""
 
     def _factor(self, place: int, flavor: str) -> tuple[int, int]:
+        """What an amount is multiplied with, and divided by."""
+        if (place, flavor) not in self._factors:
+            self._factors[place, flavor] = self._of(place, flavor)
+        return self._factors[place, flavor]
+
+    def _of(self, place: int, flavor: str) -> tuple[int, int]:
         quota = self._policy.accounts[place].quotas.get(flavor) if place != self._tree.root else None
         weight = 1 if quota is None else quota.weight
         charge = self._policy.charge(flavor) * _SCALE

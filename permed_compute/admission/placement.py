@@ -7,6 +7,7 @@ what is free now stays free, so that only the few rooms that have some are looke
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -28,8 +29,8 @@ class Room:
     """What is left of one node; may be negative where somebody's promise stands on what a victim still holds."""
 
     __slots__ = (
-        "changes", "claims", "closed", "cpu", "gpus", "kinds", "least", "left", "memory", "node", "place", "releases",
-        "slots", "whole", "windows",
+        "claims", "closed", "cpu", "gpus", "kinds", "least", "left", "memory", "node", "place", "releases", "slots",
+        "states", "times", "whole", "windows",
     )  # fmt: skip
 
     def __init__(self, node: Node, place: int) -> None:
@@ -52,8 +53,9 @@ class Room:
             self.left[gpu.flavor] = self.left.get(gpu.flavor, 0) + 1000
             self.least[gpu.flavor] = min(self.least.get(gpu.flavor, gpu.memory), gpu.memory)
         self.closed = False
-        self.changes: list[tuple[int, int, Grant]] | None = None
-        """(when, 0 release, 1 end or 2 start of a claim, what), in order of time; None: to be put in order again."""
+        self.states: list[tuple[int, bool, Room]] | None = None
+        """What is free over time (`_through_time`); None: to be found again."""
+        self.times: list[int] = []
         self.claims: list[Claim] = []
         self.releases: list[tuple[int, Grant]] = []
         self.windows: list[Window] = []
@@ -72,35 +74,38 @@ class Room:
                     self.left[flavor] -= each
                     self.whole[flavor] += (after >= 1000) - (before >= 1000)
 
-    def spare(self, flavor: str) -> bool:
-        """Is anything free of a device of this flavor?"""
-        if len(self.left) == 1:
-            return max(self.gpus) > 0
-        return any(free > 0 and kind == flavor for kind, free in zip(self.kinds, self.gpus, strict=True))
-
     def later(self, start: int, end: int) -> Room:
         """The least that is free at every moment of [start, end): at its start, or when a claim begins within it."""
         if not self.claims and not self.releases:
             return self
-        if self.changes is None:
-            self.changes = sorted(
-                [
-                    *((at, 0, grant) for at, grant in self.releases),
-                    *((claim.end, 1, claim.grant) for claim in self.claims),
-                    *((claim.start, 2, claim.grant) for claim in self.claims),
-                ],
-                key=lambda change: change[:2],
-            )
-        now, least = self._copy(), None
-        for at, kind, grant in self.changes:
+        if self.states is None:
+            self.states = self._through_time()
+            self.times = [at for at, _, _ in self.states]
+        place = bisect_right(self.times, start)
+        first = self.states[place - 1][2] if place else self
+        least: Room | None = None
+        for at, claimed, then in self.states[place:] if self.claims else ():
             if at >= end:
                 break
-            if at > start and least is None:
-                least = now._copy()
+            if claimed:
+                least = least or first._copy()
+                least._lower_to(then)
+        return least or first
+
+    def _through_time(self) -> list[tuple[int, bool, Room]]:
+        """(when, does a claim begin, what is free from then on), for everything that ends or begins."""
+        changes = [
+            *((at, 0, grant) for at, grant in self.releases),
+            *((claim.end, 1, claim.grant) for claim in self.claims),
+            *((claim.start, 2, claim.grant) for claim in self.claims),
+        ]
+        changes.sort(key=lambda change: change[:2])
+        states, now = [], self
+        for at, kind, grant in changes:
+            now = now._copy()
             now.take(grant, 1 if kind == 2 else -1)
-            if least is not None and kind == 2:
-                least._lower_to(now)
-        return least or now
+            states.append((at, kind == 2, now))
+        return states
 
     def _copy(self) -> Room:
         copy = Room.__new__(Room)
@@ -120,6 +125,10 @@ class Room:
                 self.gpus[slot] = its
                 self.left[flavor] -= mine - its
                 self.whole[flavor] -= (mine >= 1000) - (its >= 1000)
+
+    def claimed(self, start: int, end: int) -> bool:
+        """Does a reserved start fall into [start, end)?"""
+        return any(claim.start < end and claim.end > start for claim in self.claims)
 
     def shut(self, account: str, start: int, end: int) -> Window | None:
         """The window that keeps this account's work off the node in [start, end)."""
@@ -198,7 +207,11 @@ class Cluster:
                 self._here[CPU].append(room)
                 for flavor in dict.fromkeys(gpu.flavor for gpu in room.node.gpus):
                     self._here[flavor].append(room)
-        self._open = {flavor: dict.fromkeys(rooms) for flavor, rooms in self._here.items()}
+        self._changed: list[Room] = []
+        """Every room that was given something or back, in order."""
+        self._fits: dict[tuple[Need, str, int], _Fits] = {}
+        self._first: dict[tuple[int, int], int] = {}
+        """(cores, memory) → how many of the rooms without a GPU, then with one, have no room for that."""
         self._capable: dict[Need, dict[str, bool]] = {}
         self._shapes: dict[str, list[tuple[Room, int]]] = {}
         self._releases: list[tuple[int, str, Grant]] | None = None
@@ -213,25 +226,24 @@ class Cluster:
             if room is None:  # a node that is gone still has its reservations until they are confirmed ended
                 continue
             room.take(grant, sign)
-            room.changes = None
+            room.states = None
+            self._changed.append(room)
             if sign > 0:
                 room.releases.append((until, grant))
-                self._close_if_full(room)
             else:
                 room.releases.remove((until, grant))
-                self._reopen(room)
+                self._first.clear()
         self._releases = None
 
     def close(self, name: str) -> None:
         """Nothing new is placed on this node."""
-        room = self.rooms[name]
-        room.closed = True
-        for flavor in (CPU, *room.left):
-            self._open[flavor].pop(room, None)
+        self.rooms[name].closed = True
+        self._changed.append(self.rooms[name])
 
     def open(self, name: str) -> None:
         self.rooms[name].closed = False
-        self._reopen(self.rooms[name])
+        self._changed.append(self.rooms[name])
+        self._first.clear()
 
     @contextmanager
     def what_if(self) -> Iterator[None]:
@@ -246,20 +258,8 @@ class Cluster:
             claim = Claim(start, end, grant, job_id)
             room = self.rooms[grant.node]
             room.claims.append(claim)
-            room.changes = None
+            room.states = None
             self.planned.append(claim)
-
-    def _close_if_full(self, room: Room) -> None:
-        if room.cpu <= 0:
-            self._open[CPU].pop(room, None)
-        for flavor in room.left:
-            if room.cpu <= 0 or not room.spare(flavor):
-                self._open[flavor].pop(room, None)
-
-    def _reopen(self, room: Room) -> None:
-        if not room.closed:
-            for flavor in (CPU, *room.left):
-                self._open[flavor].setdefault(room)
 
     # ------------------------------------------------------------------------------------- asking it
 
@@ -300,20 +300,40 @@ class Cluster:
 
         `beside`: so that no reserved start is delayed and no window entered.
         """
+        first = most == 1 and flavor == CPU
         offers: list[tuple[int, Room, Room]] = []
-        for room in self._open.get(flavor, ()):
+        for room, count in self._first_fits(need) if first else self.fits(need, flavor, most).items():
             seen = room
             if beside and (room.claims or room.windows):
                 if room.windows and room.shut(account, start, end):
                     continue
-                if room.claims:
+                if room.claimed(start, end):
                     seen = room.later(start, end)
-            count = seen.count(need, flavor, most)
+                    count = seen.count(need, flavor, most)
             if count:
                 offers.append((count, room, seen))
-                if most == 1 and flavor == CPU:
+                if first:
                     break  # the first that fits will do
         return _chosen(offers, need, flavor, most)
+
+    def fits(self, need: Need, flavor: str, most: int) -> dict[Room, int]:
+        """How many of the workers, at most `most`, fit into each room that has room for any now."""
+        key = (need, flavor, most)
+        if key not in self._fits:
+            self._fits[key] = _Fits(need, flavor, most, self._here.get(flavor, ()), len(self._changed))
+        return self._fits[key].after(self._changed)
+
+    def _first_fits(self, need: Need) -> Iterator[tuple[Room, int]]:
+        """Rooms with place for one worker without a GPU, in order: those that have none are not asked again."""
+        rooms, key = self._here[CPU], (need.cpu, need.memory)
+        empty = True
+        for place in range(self._first.get(key, 0), len(rooms)):
+            room = rooms[place]
+            if not room.closed and room.count(need, CPU, 1):
+                empty = False
+                yield room, 1
+            elif empty:
+                self._first[key] = place + 1
 
     def releases(self) -> list[tuple[int, str, Grant]]:
         """(when, node, what) of everything that ends, soonest first."""
@@ -335,7 +355,7 @@ class Cluster:
             return None
         rooms = [room for room in self._here.get(flavor, ()) if not room.closed]
         sweep = _Sweep(rooms, need, flavor, most, account, length)
-        sweep.begin(now)
+        sweep.begin(now, self.fits(need, flavor, most))
         ends = sorted({(claim.end, claim.grant.node) for claim in self.planned} | {
             (window.end, room.node.name) for room in rooms for window in room.windows
         })  # fmt: skip
@@ -353,6 +373,30 @@ class Cluster:
         return None
 
 
+class _Fits:
+    """How many workers of one need fit into each room, counted again only where something changed."""
+
+    __slots__ = ("_known", "_need", "_rooms", "counts")
+
+    def __init__(self, need: Need, flavor: str, most: int, rooms: Iterable[Room], known: int) -> None:
+        self._need = (need, flavor, most)
+        self._rooms = frozenset(rooms)
+        self._known = known
+        self.counts = {room: count for room in rooms if not room.closed and (count := room.count(need, flavor, most))}
+
+    def after(self, changed: list[Room]) -> dict[Room, int]:
+        """The counts once these rooms have changed; the first `_known` of them it has seen."""
+        if self._known < len(changed):
+            for room in dict.fromkeys(changed[self._known :]):
+                count = 0 if room.closed or room not in self._rooms else room.count(*self._need)
+                if count:
+                    self.counts[room] = count
+                else:
+                    self.counts.pop(room, None)
+            self._known = len(changed)
+        return self.counts
+
+
 class _Sweep:
     """How many workers fit into each room for `length` ms, as one job after another ends."""
 
@@ -367,11 +411,11 @@ class _Sweep:
         self._timed = [room for room in rooms if room.claims or room.windows]
         """Where more than what ends changes what is free."""
 
-    def begin(self, at: int) -> None:
-        """All rooms, as they are then."""
-        for room in self.counts:
-            self.counts[room] = self._count(room, at)
-        self.total = sum(self.counts.values())
+    def begin(self, now: int, fits: dict[Room, int]) -> None:
+        """All rooms, as they are now."""
+        self.counts.update(fits)
+        self.total = sum(fits.values())
+        self.recount(now)
 
     def recount(self, at: int) -> None:
         """All rooms, exactly as they are then: the others were counted when something in them ended."""
@@ -419,9 +463,8 @@ def _chosen(
     """All on one node where one has room (the fullest such), else on as few as possible."""
     whole = [offer for offer in offers if offer[0] >= most]
     if whole:
-        if len(whole) > 1:
-            whole = [min(whole, key=lambda offer: (_spare(offer[2], flavor), offer[1].place))]
-        return tuple(whole[0][2].grants(need, flavor, most))
+        _, _, best = min([(_spare(seen, flavor), room.place, seen) for _, room, seen in whole])
+        return tuple(best.grants(need, flavor, most))
     if sum(offer[0] for offer in offers) < need.workers_min:
         return None
     offers.sort(key=lambda offer: (-offer[0], offer[1].place))

@@ -233,6 +233,8 @@ def draining(
 
     Removes it from the tree. Protected bands run to their end.
     """
+    if not any(figures.excess(place) for figures in tree.flavors.values() for place in range(len(tree.names))):
+        return []
     rank = {band: place for place, band in enumerate(policy.bands)}
     running = [
         job for job in live if job.stoppable and job.account in tree.number and not policy.rules[job.band].protected
