@@ -12,20 +12,21 @@ from benchmarks.rigs import slides
 
 TITLE = "Converting slides"
 WHY = (
-    "A study of 1,000 slides is a terabyte: storing it must cost no more than copying it. Level 0 alone, because the"
-    " peers write no others; the whole pyramid stands beside it. Goals: 20 times zarr-python's zstd and 20 times"
-    " encoding anew. Every case begins at the slide's file and ends with its tiles on the disk."
+    "A study of 1,000 slides is a terabyte: storing it must cost no more than copying it. 20,480 × 20,480 pixels, the"
+    " texture of CMU-1. Level 0 alone, because the peers write no others; the whole pyramid stands beside it. Goals: 20"
+    " times zarr-python's zstd and 20 times encoding anew with the fastest codec there is. Every case begins at the"
+    " slide's file and ends with its tiles on the disk; only ours waits until they are (fsync)."
 )
 
 
 def cases(quick: bool) -> list[Case]:
-    edge = 2048 if quick else 10_240
+    edge = 2048 if quick else 20_480
     group = "level 0, MB of pixels per CPU-s"
-    goal = "≥ 20 × zarr-python zstd"
+    goal = "≥ 20 × encoding anew"  # the faster of the peers: the goal against zstd follows
     return [
         Case(group, "ours, tiles copied", "MB/s", "higher", timed(edge, copied), ratio=20.0, goal=goal),
-        Case(group, "zarr-python, zstd 5", "MB/s", "higher", timed(edge, zstd), peer=True),
         Case(group, "decode and encode JPEG 90", "MB/s", "higher", timed(edge, encoded), peer=True),
+        Case(group, "zarr-python, zstd 5", "MB/s", "higher", timed(edge, zstd), peer=True),
         Case("all levels, MB of pixels per CPU-s", "ours", "MB/s", "higher", timed(edge, whole)),
     ]
 

@@ -43,16 +43,28 @@ def write(path: Path, chunks: Sequence[bytes | memoryview | None]) -> int:
     return at + len(packed) + _CRC
 
 
+def index(path: Path, count: int) -> np.ndarray | None:
+    """(count, 2) uint64 offsets and lengths of the shard, or None without a file. Raises `RefusedInput`."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - count * _ENTRY - _CRC))
+            return _checked(file.read(), size, count)
+    except FileNotFoundError:
+        return None
+
+
+def present(found: np.ndarray) -> np.ndarray:
+    """Which chunks of the index exist: their numbers."""
+    return np.flatnonzero(found[:, 0] != _ABSENT)
+
+
 def whole(path: Path, count: int) -> bool:
     """Whether the file is a shard of `count` chunks with a sound index that stays inside it."""
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - count * _ENTRY - _CRC))
-            _checked(file.read(), size, count)
+        return index(path, count) is not None
     except (OSError, RefusedInput):
         return False
-    return True
 
 
 def _crc(packed: bytes) -> bytes:

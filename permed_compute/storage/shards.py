@@ -128,6 +128,17 @@ def whole(path: Path) -> bool:
     return shardfile.whole(path, SIDE * SIDE)
 
 
+def stored_tiles(level: Path, layout: Layout) -> list[tuple[int, int]]:
+    """(row, column) of the tiles that exist, shard by shard, from the indexes alone. Raises `RefusedInput`."""
+    found: list[tuple[int, int]] = []
+    for shard in layout.shards:
+        index = shardfile.index(shard_file(level, shard), SIDE * SIDE)
+        if index is not None:
+            numbers = shardfile.present(index).tolist()
+            found += [(shard[0] * SIDE + k // SIDE, shard[1] * SIDE + k % SIDE) for k in numbers]
+    return found
+
+
 class ShardReader:
     """Stored tiles of one level through memory maps. Threads may share it; at most 256 shards are mapped at a time."""
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ import numpy as np
 from permed_compute import __version__
 from permed_compute.errors import WorkloadError
 from permed_compute.paths import read_json, write_json
-from permed_compute.storage.shards import FILL, Layout, shard_file, whole, write_shard
+from permed_compute.storage.shards import FILL, Layout, shard_file, stored_tiles, whole, write_shard
 from permed_compute.workloads.pathology import jpeg
 from permed_compute.workloads.pathology.source import Level, halved
 from permed_compute.workloads.pathology.store import StoredLevel, StoreSlide, group_metadata, psnr
@@ -92,8 +93,7 @@ def estimate(slide: Any, plan: list[Planned]) -> Estimate:
         files += 1 + len(layout.shards) + layout.shard_rows
         size += len(layout.shards) * 1028 + 4096
         if item.origin == "copied":
-            tiles = ((row, column) for row in range(layout.rows) for column in range(layout.columns))
-            here = sum(len(slide.raw(item.source, *tile) or b"") for tile in tiles)
+            here = slide.tile_bytes(item.source)
             copied += here
             size += here
         else:
@@ -138,14 +138,13 @@ def convert(
     check_room(store, needed)
     write_json(store / _UNDER_WAY, intent)
     rows = []
-    with ThreadPoolExecutor(max(1, threads)) as pool:
+    with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
+        each: Callable[..., Iterable[bool]] = map if pool is None else pool.map
         for number, item in enumerate(plan):
             folder = store / str(number)
             write_json(folder / "zarr.json", item.level.layout.as_zarr())
             maker = _Maker(slide, store, plan, number)
-            if not all(
-                pool.map(lambda shard, make=maker: not stopping() and make.shard(shard), item.level.layout.shards)
-            ):
+            if not all(each(lambda shard, make=maker: not stopping() and make.shard(shard), item.level.layout.shards)):
                 return None
             rows.append(maker.summary())
     record = {
@@ -234,13 +233,12 @@ class _Maker:
 
     def summary(self) -> dict[str, Any]:
         """Origin, tiles and bytes of the finished level; PSNR where it was encoded from other pixels."""
-        layout, stored = self.layout, StoredLevel(self.folder, self.layout)
-        there = [(r, c) for r in range(layout.rows) for c in range(layout.columns) if stored.raw(r, c) is not None]
+        layout, there = self.layout, stored_tiles(self.folder, self.layout)
         size = sum(path.stat().st_size for path in (self.folder / "c").rglob("*") if path.is_file())
         row: dict[str, Any] = {"origin": self.item.origin, "tiles": len(there), "bytes": size, "width": layout.width,
                "height": layout.height}  # fmt: skip
         if self.item.origin == "decoded" and layout.coding == "jpeg" and there:
-            errors = []
+            errors, stored = [], StoredLevel(self.folder, layout)
             for place in there[:: max(1, len(there) // _SAMPLE)]:
                 kept, original = stored.tile(*place), self.slide.tile(self.item.source, *place)
                 assert kept is not None

@@ -34,6 +34,9 @@ class OpenSlideSlide(Closing):
     def raw(self, level: int, row: int, column: int) -> None:
         return None
 
+    def tile_bytes(self, level: int) -> int:
+        return 0
+
     def tile(self, level: int, row: int, column: int, halvings: int = 0) -> np.ndarray | None:
         import openslide
 
@@ -73,6 +76,9 @@ class ImageSlide(Closing):
 
     def raw(self, level: int, row: int, column: int) -> None:
         return None
+
+    def tile_bytes(self, level: int) -> int:
+        return 0
 
     def tile(self, level: int, row: int, column: int, halvings: int = 0) -> np.ndarray | None:
         part = self._pixels[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]

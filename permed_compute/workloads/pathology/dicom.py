@@ -47,6 +47,9 @@ class DicomSlide(Closing):
     def raw(self, level: int, row: int, column: int) -> memoryview | None:
         return self._instances[level].frame(row * self.levels[level].layout.columns + column)
 
+    def tile_bytes(self, level: int) -> int:
+        return sum(length for _, length in self._instances[level].frames)
+
     def tile(self, level: int, row: int, column: int, halvings: int = 0) -> np.ndarray | None:
         layout, stored = self.levels[level].layout, self.raw(level, row, column)
         if stored is None:
@@ -88,11 +91,11 @@ class _Instance:
         self.icc = bytes(optics.get("ICCProfile") or b"")
         with file.open("rb") as opened:
             self._map = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
-        self._frames = self._items(at)
+        self.frames = self._items(at)
         tiles = self.layout.rows * self.layout.columns
-        if len(self._frames) != tiles:
+        if len(self.frames) != tiles:
             refuse("TRUNCATED", "The file has fewer frames than tiles.", "Copy it again.",
-                   frames=len(self._frames), tiles=tiles)  # fmt: skip
+                   frames=len(self.frames), tiles=tiles)  # fmt: skip
 
     @classmethod
     def of(cls, file: Path) -> _Instance | None:
@@ -115,7 +118,7 @@ class _Instance:
                    missing=str(error).rpartition(" ")[2].strip("'"))  # fmt: skip
 
     def frame(self, k: int) -> memoryview | None:
-        offset, length = self._frames[k]
+        offset, length = self.frames[k]
         return self._map[offset : offset + length] if length else None
 
     def _items(self, at: int) -> list[tuple[int, int]]:

@@ -54,6 +54,10 @@ class Slide(Protocol):
         """The tile as stored, or None where the file has none there."""
         ...
 
+    def tile_bytes(self, level: int) -> int:
+        """Of all `raw` tiles of the level together; 0 where none can be copied."""
+        ...
+
     def tile(self, level: int, row: int, column: int, halvings: int = 0) -> np.ndarray | None:
         """Whole tile, also beyond the image's edge: (tile_h, tile_w, 3) >> halvings, uint8 RGB; None where absent."""
         ...

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from permed_compute.paths import read_json
-from permed_compute.storage.shards import Layout, ShardReader
+from permed_compute.storage.shards import Layout, ShardReader, stored_tiles
 from permed_compute.workloads.pathology.jpeg import Stream
 from permed_compute.workloads.pathology.source import About, Closing, Level, halved, refuse
 
@@ -103,6 +103,10 @@ class StoreSlide(Closing):
 
     def raw(self, level: int, row: int, column: int) -> memoryview | None:
         return self._stored[level].raw(row, column)
+
+    def tile_bytes(self, level: int) -> int:
+        return sum(len(self.raw(level, *place) or b"") for place in stored_tiles(self.path / str(level),
+                                                                                self.levels[level].layout))  # fmt: skip
 
     def tile(self, level: int, row: int, column: int, halvings: int = 0) -> np.ndarray | None:
         return self._stored[level].tile(row, column, halvings)

@@ -80,6 +80,9 @@ class TiffSlide(Closing):
         offset, length = page.dataoffsets[k], page.databytecounts[k]
         return self._map[offset : offset + length] if length else None
 
+    def tile_bytes(self, level: int) -> int:
+        return sum(self._pages[level].databytecounts)
+
     def tile(self, level: int, row: int, column: int, halvings: int = 0) -> np.ndarray | None:
         layout, stored = self.levels[level].layout, self.raw(level, row, column)
         if stored is None:
