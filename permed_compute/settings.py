@@ -100,6 +100,12 @@ def site(name: str) -> Mapping[str, Any]:
     return dict(_shipped("permed_compute.cluster", f"sites/{name}.yaml", "site").get("settings", {}))
 
 
+def project_quota(name: str) -> Mapping[str, Any]:
+    """What a project may keep at that site: `{"files": …, "gib": …}` of its profile, {} where it does not say."""
+    storage = _shipped("permed_compute.cluster", f"sites/{name}.yaml", "site").get("storage") or {}
+    return dict(storage.get("project") or {})
+
+
 def _shipped(package: str, file: str, kind: str) -> Mapping[str, Any]:
     import yaml
 

@@ -24,6 +24,7 @@ CATALOG = {
     "pathology/encode": "permed_compute.workloads.pathology.encode:WORKLOAD",
     "pathology/tiles": "permed_compute.workloads.pathology.tiles:WORKLOAD",
     "radiology/brain-extraction": "permed_compute.workloads.radiology.infer:WORKLOAD",
+    "radiology/ingest": "permed_compute.workloads.radiology.ingest:WORKLOAD",
 }
 """The workloads that ship, by the name that a job file gives."""
 

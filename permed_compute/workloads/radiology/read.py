@@ -288,7 +288,10 @@ def _header(source: str, digest: Digest) -> Finding | tuple[Identity, list[Slice
         return _unreadable("UNREADABLE_FILE", f"A file could not be read ({error.__class__.__name__}).", "")
     if ds is None:
         return _unreadable("NOT_DICOM", "A file that is not DICOM was skipped.", about)
-    return _planes(ds, source, about)
+    try:
+        return _planes(ds, source, about)
+    except Exception:  # noqa: BLE001 - pydicom converts values as they are asked for, and raises what it likes
+        return _unreadable("BROKEN_HEADER", "A DICOM file whose header holds impossible values was skipped.", about)
 
 
 def _unreadable(code: str, sentence: str, about: str) -> Finding:

@@ -20,7 +20,7 @@ from permed_compute.workloads.radiology.read import Series, Volume
 CORRECTED = ("GANTRY_TILT", "UNEVEN_GAPS")
 SIDEWAYS_PIXELS = 0.1
 """A stack that also leans along its rows is not a tilted gantry."""
-_MOST_TIMES = 2
+MOST_TIMES = 2
 """Slices are at most doubled (dcm2niix)."""
 
 
@@ -116,8 +116,8 @@ def even(array: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, float]:
     if gaps.max() - gap <= max(geometry.GAP_ABSOLUTE_MM, geometry.GAP_RELATIVE * float(np.median(gaps))):
         return array, float(at[-1]) / (len(at) - 1)
     count = int(np.ceil((at[-1] - 0.5 * (at[-1] - at[-2])) / gap))
-    if count > _MOST_TIMES * len(at):
-        count = _MOST_TIMES * len(at)
+    if count > MOST_TIMES * len(at):
+        count = MOST_TIMES * len(at)
         gap = np.float32(at[-1] / (count - 1))
     out = np.empty((*array.shape[:2], count), array.dtype)
     for k in range(count):

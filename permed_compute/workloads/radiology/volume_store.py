@@ -166,6 +166,7 @@ def write(
     volume: Volume,
     *,
     inputs: Sequence[str],
+    how: Mapping[str, Any] | None = None,
     kind: Kind = "image",
     rescale: Rescale | None = None,
     unit: str = "",
@@ -174,10 +175,10 @@ def write(
 ) -> dict[str, Any]:
     """Make the store of `volume`, or keep that of the same source. Returns {"bytes": …, "files": …, "about": …}.
 
-    inputs: digests of the files. rescale: slope and intercept that the source declares for all voxels. subject: a
-    pseudonym. Raises `RefusedInput` LABEL_NOT_WHOLE, OTHER_STORE.
+    inputs: digests of the files. how: options that decide the voxels (JSON). rescale: slope and intercept that the
+    source declares for all voxels. subject: a pseudonym. Raises `RefusedInput` LABEL_NOT_WHOLE, OTHER_STORE.
     """
-    there = finished(path, volume.series)
+    there = finished(path, volume.series, how)
     if there is not None:
         return there
     if kind == "label":
@@ -185,10 +186,11 @@ def write(
     else:
         array, rescale = packed(volume.array, rescale)
     about = {
-        "kind": kind, "affine_ras": volume.affine_ras.tolist(), "spacing_mm": list(volume.spacing),
-        "orientation": orientation(volume.affine_ras), "rescale": list(rescale) if rescale else None, "unit": unit,
-        "modality": volume.modality, "acquisition": acquisition(volume.header), "source": volume.series,
-        "inputs": list(inputs), "subject": subject, "findings": [finding.as_dict() for finding in volume.findings],
+        "kind": kind, "shape": list(array.shape), "affine_ras": volume.affine_ras.tolist(),
+        "spacing_mm": list(volume.spacing), "orientation": orientation(volume.affine_ras),
+        "rescale": list(rescale) if rescale else None, "unit": unit, "modality": volume.modality,
+        "acquisition": acquisition(volume.header), "source": volume.series, "inputs": list(inputs),
+        "how": dict(how or {}), "subject": subject, "findings": [finding.as_dict() for finding in volume.findings],
         "voxels": _digest(array), "converter": f"permed_compute {__version__}",
     }  # fmt: skip
     if kind == "label":
@@ -207,17 +209,17 @@ def write(
     return {**told, "about": about}
 
 
-def finished(path: Path, source: str) -> dict[str, Any] | None:
+def finished(path: Path, source: str, how: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """What `write` told of the store at `path`, None where there is none. Raises `RefusedInput` (OTHER_STORE)."""
     if not path.exists():
         return None
-    with_about = VolumeStore(path)
-    if with_about.digest != source:
-        finding = Finding("OTHER_STORE", "The folder holds the store of another volume.", "refused", source)
-        raise RefusedInput(finding, remedy="Remove it, or give another folder.")
+    store = VolumeStore(path)
+    if store.digest != source or store.about["how"] != dict(how or {}):
+        sentence = "The folder holds the store of another volume, or one made with other options."
+        raise RefusedInput(Finding("OTHER_STORE", sentence, "refused", source), remedy="Remove it, or give another.")
     files = list(path.iterdir())
     size = sum(file.stat().st_size for file in files if file.name != "zarr.json")
-    return {"bytes": size, "files": len(files) + 1, "about": with_about.about}
+    return {"bytes": size, "files": len(files) + 1, "about": store.about}
 
 
 def orientation(affine_ras: np.ndarray) -> str:
