@@ -1,22 +1,24 @@
-"""Features of a slide's tiles: float16 in Zarr, one uncompressed chunk per block; exports for other tools.
+"""Features of a slide's tiles: float16 in Zarr, uncompressed, one shard per slide; exports for other tools.
 
     <slide>.zarr/grids/mpp0.5_px224/coords                     (n, 2) int32, level-0 x, y
-    <slide>.zarr/grids/mpp0.5_px224/features/<encoder>         (n, d) float16, chunks of (block, d)
+    <slide>.zarr/grids/mpp0.5_px224/features/<encoder>         (n, d) float16, one shard of chunks of (block, d)
 
-A chunk is the very file that an encoding part wrote: finished blocks become the array by hard links, without a copy.
+An encoding part writes a chunk; the shard is all of them, one behind the other, and then their index. So its bytes
+begin with the whole array, row by row: `read` maps them and copies nothing.
 """
 
 from __future__ import annotations
 
-import os
+import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from permed_compute.errors import NotFoundError
+from permed_compute.errors import Finding, NotFoundError, RefusedInput
 from permed_compute.paths import read_json, replacing, write_json
+from permed_compute.storage import shardfile
 
 CHUNK = "features.f16"
 
@@ -42,46 +44,58 @@ def assemble(
     for group in ("", "grids", grid, f"{grid}/features"):
         attributes = dict(facts) if group == grid else {}
         write_json(path / group / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes})
-    _array(path / grid / "coords", coords.shape, coords.shape, "int32", {})
+    _array(path / grid / "coords", coords.shape, coords.shape, "int32", [_BYTES], {})
     with replacing(path / grid / "coords" / "c" / "0" / "0") as temporary:
         coords.astype("<i4").tofile(temporary)
     folder = path / grid / "features" / encoder
-    _array(folder, (len(coords), dim), (block, dim), "float16", {"encoder": facts.get("encoder_digest", "")})
-    for number, chunk in enumerate(chunks):
-        target = folder / "c" / str(number) / "0"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(chunk, target)
-        except OSError:
-            target.write_bytes(chunk.read_bytes())
+    sharding = {"chunk_shape": [block, dim], "codecs": [_BYTES], "index_codecs": shardfile.INDEX_CODECS,
+                "index_location": "end"}  # fmt: skip
+    _array(
+        folder, (len(coords), dim), (len(chunks) * block, dim), "float16",
+        [{"name": "sharding_indexed", "configuration": sharding}], {"encoder": facts.get("encoder_digest", "")},
+    )  # fmt: skip
+    shardfile.write_files(folder / "c" / "0" / "0", chunks)
+
+
+_BYTES: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
 def _array(
-    folder: Path, shape: tuple[int, ...], chunk: tuple[int, ...], kind: str, attributes: Mapping[str, Any]
-) -> None:
+    folder: Path, shape: tuple[int, ...], chunk: tuple[int, ...], kind: str, codecs: list[dict[str, Any]],
+    attributes: Mapping[str, Any],
+) -> None:  # fmt: skip
     write_json(folder / "zarr.json", {
         "zarr_format": 3, "node_type": "array", "shape": list(shape), "data_type": kind, "fill_value": 0,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}], "attributes": dict(attributes),
+        "codecs": codecs, "attributes": dict(attributes),
     })  # fmt: skip
 
 
 def read(path: Path, grid: str = "", encoder: str = "") -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """(n, 2) coords, (n, d) float16 features, facts. Without names: the only ones there are. Raises `NotFoundError`."""
+    """(n, 2) coords, (n, d) float16 features, facts. Without names: the only ones there are.
+
+    The features are a private map of the file: pages are read when they are first used, and what is written into the
+    array stays with it. Raises `NotFoundError`; `RefusedInput` (SHARD_DAMAGED) where the file is not what was written.
+    """
     place = _only(path / "grids", grid)
     folder = _only(place / "features", encoder)
     coords = np.fromfile(place / "coords" / "c" / "0" / "0", "<i4").reshape(-1, 2)
     about = read_json(folder / "zarr.json") or {}
-    (count, dim), (block, _) = about["shape"], about["chunk_grid"]["configuration"]["chunk_shape"]
-    features = np.empty((-(-count // block) * block, dim), "<f2")
-    flat = features.view(np.uint8).reshape(-1)
+    (count, dim), (rows, _) = about["shape"], about["chunk_grid"]["configuration"]["chunk_shape"]
+    block = about["codecs"][0]["configuration"]["chunk_shape"][0]
+    file = folder / "c" / "0" / "0"
+    index = shardfile.index(file, rows // block)
     size = block * dim * 2
-    for number in range(len(features) // block):
-        with (folder / "c" / str(number) / "0").open("rb", buffering=0) as file:
-            file.readinto(flat[number * size : (number + 1) * size].data)
+    if index is None or index.tolist() != [[k * size, size] for k in range(rows // block)]:
+        finding = Finding("SHARD_DAMAGED", "The features are not laid out as they were written.", "refused")
+        raise RefusedInput(finding, remedy="Submit the job again: its blocks are kept.")
+    with file.open("rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    mapped.madvise(mmap.MADV_WILLNEED)  # a training loop takes all of it: read ahead, not page by page
+    features = np.frombuffer(mapped, "<f2", count * dim).reshape(count, dim)
     facts = (read_json(place / "zarr.json") or {})["attributes"]
-    return coords, features[:count], facts
+    return coords, features, facts
 
 
 def _only(folder: Path, name: str) -> Path:

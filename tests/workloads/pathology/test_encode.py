@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zarr
 
-from permed_compute.errors import NotFoundError, SpecError, WorkloadError
+from permed_compute.errors import NotFoundError, RefusedInput, SpecError, WorkloadError
 from permed_compute.spec import JobSpec
 from permed_compute.testing.context import run_map
 from permed_compute.workloads.pathology import encode, encoders, features, tiles
@@ -165,6 +165,26 @@ def test_reading_features_asks_which_where_there_are_several(tmp_path):
     with pytest.raises(NotFoundError, match="features"):
         features.read(tmp_path / "s.zarr")
     assert features.read(tmp_path / "s.zarr", encoder="b")[1].shape == (2, 4)
+
+
+def test_features_are_mapped_and_a_torn_file_is_refused(tmp_path):
+    values = np.arange(28, dtype=np.float16).reshape(7, 4)
+    chunks = []
+    for k in (0, 3, 6):
+        features.write_chunk(tmp_path / str(k), values[k : k + 3], 3)
+        chunks.append(tmp_path / str(k) / features.CHUNK)
+    facts = {"target_mpp": 0.5, "patch_size": 64}
+    place = tmp_path / "s.zarr"
+    features.assemble(place, np.zeros((7, 2)), chunks, block=3, dim=4, encoder="e", facts=facts)
+    _, seen, _ = features.read(place)
+    assert np.array_equal(seen, values) and not seen.flags.owndata
+    seen[:] = 0  # stays with the array
+    array = zarr.open_array(place / "grids/mpp0.5_px64/features/e", mode="r")
+    assert np.array_equal(array[:], values) and array.chunks == (3, 4)
+    file = place / "grids/mpp0.5_px64/features/e/c/0/0"
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(RefusedInput, match="SHARD_DAMAGED"):
+        features.read(place)
 
 
 def test_importing_the_workloads_loads_nothing_heavy():
