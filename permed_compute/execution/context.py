@@ -7,8 +7,10 @@ import hmac
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from permed_compute.errors import Finding, StaleError, WorkloadError
 from permed_compute.paths import AttemptPaths, HomePaths, replacing
 from permed_compute.spec import JobSpec
 from permed_compute.storage import checkpoints
+from permed_compute.storage.checkpoints import Keep
 from permed_compute.storage.digests import DigestCache
 
 Emit = Callable[..., None]
@@ -29,7 +32,7 @@ class WorkerContext:
     """See `workloads.port.Context` for what each member promises.
 
     `emit(kind, **values)` takes metrics, findings and stages: straight to the attempt's records for a driver or a
-    rank, into a list that travels with the result for a part. `agree` is the collective of a gang (identity alone).
+    rank, into a list that travels with the result for a part. `collective` is a gang's `agree` (identity alone).
     """
 
     spec: JobSpec
@@ -45,11 +48,16 @@ class WorkerContext:
     threads: int = 1
     scratch: Path = Path()
     out: Path = Path()
-    agree: Callable[[bool], bool] = bool
-    barrier: Callable[[], None] = lambda: None
+    collective: Callable[[bool], bool] = bool
+    terminated: Callable[[], bool] = bool
+    """Whether this very process was asked to go (SIGTERM)."""
+    known: tuple[str, ...] = ()
+    """Names of the checkpoints that were there when the attempt began, newest first: every rank has the same ones."""
     get: Callable[..., Any] | None = None
     _stop: bool = False
     _looked: float = field(default=0.0)
+    _saved: int = 0
+    _saving: Future[Path] | None = None
 
     def for_part(self, key: str, out: Path, emit: Emit) -> WorkerContext:
         """The same worker, seen by one part: its own seed, output folder and records."""
@@ -97,24 +105,48 @@ class WorkerContext:
         finally:
             self.emit("stage", name=name, seconds=time.perf_counter() - start)
 
-    def checkpoint(self, save: Callable[[Path], None]) -> None:
-        folder = checkpoints.save(
-            self.paths.job.state, rank=self.rank, world=self.world, write=save, barrier=self.barrier,
-            fence=lambda: check_fence(self.paths),
-        )  # fmt: skip
+    def checkpoint(self, save: Callable[[Path], None], *, keep: Keep | None = None, beside: bool = False) -> None:
+        self.settle()
+        self._saved += 1
+        number = self._saved + (checkpoints.number_of(self.known[0]) if self.known else 0)
+        part = checkpoints.Part(self.paths.job.state, number, self.paths.number, self.rank, self.world)
+        self._saving = _begun(lambda: self._save(part, save, keep), beside=beside)
+        if not beside:
+            self.settle()
+
+    def _save(self, part: checkpoints.Part, save: Callable[[Path], None], keep: Keep | None) -> Path:
+        began = time.perf_counter()
+        folder = checkpoints.save(part, save, fence=lambda: check_fence(self.paths), keep=keep)
         if self.rank == 0:
-            self.emit("checkpoint", name=folder.name)
+            self.emit("checkpoint", name=folder.name, seconds=round(time.perf_counter() - began, 4))
+        return folder
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written; raises what its writing raised."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def restore(self) -> Path | None:
-        return checkpoints.newest(self.paths.job.state)
+        for name in self.known:
+            folder = self.paths.job.state / name
+            if not self.collective(not checkpoints.whole(folder, (self.rank, self.world))):
+                return folder
+            if self.rank == 0:
+                self.log(f"{name} is not what was written; the one before it is taken")
+                self.emit("damaged", name=name)
+        return None
+
+    def agree(self, mine: bool) -> bool:
+        return self.collective(mine)
 
     def should_stop(self) -> bool:
         now = time.monotonic()
         if not self._stop and now - self._looked > _STOP_LOOK_S:
             self._looked = now
-            self._stop = self.paths.stop.exists()
+            self._stop = self.paths.stop.exists() or self.terminated()
         # All ranks must answer alike, or one would checkpoint while another goes on and waits for it.
-        return self.agree(self._stop)
+        return self.collective(self._stop)
 
     def dask_get(self, *args: Any, **kwargs: Any) -> Any:
         if self.get is not None:
@@ -122,6 +154,23 @@ class WorkerContext:
         import dask.threaded
 
         return dask.threaded.get(*args, **{"num_workers": self.threads, **kwargs})
+
+
+def _begun(work: Callable[[], Path], *, beside: bool) -> Future[Path]:
+    """`work` in a thread of its own, or done here before this returns."""
+    future: Future[Path] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            future.set_exception(error)
+
+    if beside:
+        threading.Thread(target=run, name="permed-checkpoint").start()
+    else:
+        run()
+    return future
 
 
 def check_fence(paths: AttemptPaths) -> None:

@@ -14,12 +14,12 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from permed_compute.errors import EngineError, Finding, PermedError, StaleError, WorkloadError
+from permed_compute.errors import Finding, PermedError, StaleError, WorkloadError
 from permed_compute.execution import results
 from permed_compute.execution.context import WorkerContext
 from permed_compute.execution.port import Attempt
@@ -28,11 +28,14 @@ from permed_compute.execution.worker import Crew, Row, WorkerLost, make_context,
 from permed_compute.paths import AttemptPaths, HomePaths, read_json, write_json
 from permed_compute.queue.port import wall_clock
 from permed_compute.states import PartState
+from permed_compute.storage import checkpoints
 from permed_compute.storage.ledger import Ledger, part_key
 from permed_compute.workloads import registry
 from permed_compute.workloads.port import DonePart, Gang, Map, Next, Part, Result
 
 _BEAT_S = 2.0
+_LAST_WORDS_S = 3.0
+"""How long the ranks of a broken gang may take to say why, once one has."""
 _IN_FLIGHT = 2  # per member: one runs, the next one loads
 
 
@@ -225,17 +228,30 @@ class _Drive:
 
     def _gang(self, work: Gang, ctx: WorkerContext, crew: Crew) -> Result:
         (self.attempt.paths.root / "rendezvous").unlink(missing_ok=True)
-        row = {"world": crew.size, "out": str(ctx.out)}
+        known = checkpoints.names(self.attempt.paths.job.state)
+        row = {"world": crew.size, "out": str(ctx.out), "known": known}
         ranks = [crew.start(slot, "rank", row) for slot in range(crew.size)]
         with ctx.stage("train"):
-            wait(ranks, return_when="FIRST_EXCEPTION")
-            broken = next((future for future in ranks if future.done() and future.exception()), None)
-            if broken is not None:
-                raise broken.exception() or EngineError("A rank ended without a word.")
+            wait(ranks, return_when=FIRST_EXCEPTION)
+            if any(future.done() and future.exception() for future in ranks):
+                raise _first_cause(ranks)
             rows = [future.result() for future in ranks]
         if any(row["stopped"] for row in rows):
             raise _StoppedEarly
         return result_of(rows[0]["result"])
+
+
+def _first_cause(ranks: Sequence[Future[Row]]) -> BaseException:
+    """Why the gang broke. A rank that dies breaks its peers' collectives, and their word may come before its own."""
+    wait(ranks, timeout=_LAST_WORDS_S)
+    errors = [error for future in ranks if future.done() and (error := future.exception()) is not None]
+
+    def guilt(error: BaseException) -> int:
+        if isinstance(error, WorkerLost):
+            return 2 if error.code == "peer-lost" else 0
+        return 1
+
+    return min(errors, key=guilt)
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from typing import Any
 from permed_compute.admission.snapshot import Node
 from permed_compute.execution.device import local_node
 from permed_compute.execution.driver import drive
+from permed_compute.execution.gang import TERMINATION
 from permed_compute.execution.port import Attempt, Liveness
 from permed_compute.execution.worker import Member, Row, WorkerLost, usage
 from permed_compute.paths import write_json
@@ -154,4 +155,5 @@ class _Processes:
 
 
 def _call_member(root: str, slot: int, call: str, row: Row) -> tuple[Row, Row]:
+    TERMINATION.listen()
     return getattr(Member(root, slot, isolated=True), call)(row), usage()

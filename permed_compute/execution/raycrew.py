@@ -21,6 +21,7 @@ from permed_compute.errors import EngineError, PermedError
 from permed_compute.execution import device, processes
 from permed_compute.execution.cores import cores_file
 from permed_compute.execution.driver import drive
+from permed_compute.execution.gang import TERMINATION
 from permed_compute.execution.port import Attempt
 from permed_compute.execution.processes import ATTEMPT_MARK
 from permed_compute.execution.watchdog import Watchdog
@@ -73,7 +74,10 @@ class MemberActor:
         grant = attempt.grants[slot] if attempt is not None else None
         cpus = grant.cpu_milli / 1000 if grant is not None else 1.0
         gpus = device.visible(grant.devices) if grant is not None and grant.devices else ""
-        self._member = Member(root, slot, isolated=True, dask_get=_dask_get(cpus), gpu_env=gpus)
+        with contextlib.suppress(ValueError):  # not in the main thread: then SIGTERM does what Ray lets it do
+            TERMINATION.listen()
+        address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._member = Member(root, slot, isolated=True, dask_get=_dask_get(cpus), gpu_env=gpus, address=address)
 
     def call(self, name: str, row: Row) -> Row:
         answer: Row = getattr(self._member, name)(row)

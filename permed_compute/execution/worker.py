@@ -15,11 +15,11 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 from permed_compute.errors import EngineError, Finding, PermedError, RefusedInput, StaleError, WorkloadError
+from permed_compute.execution import gang
 from permed_compute.execution.context import WorkerContext, check_fence, pseudonym_key
 from permed_compute.execution.port import Attempt
 from permed_compute.execution.records import Records
@@ -67,16 +67,18 @@ class Crew(Protocol):
 class Member:
     """One worker of an attempt.
 
-    `isolated`: it has a process of its own, so it may set that process's GPU visibility and thread counts.
+    isolated: it has a process of its own, so it may set that process's GPU visibility and thread counts.
+    address: of its node, where members of other nodes reach it.
     """
 
     def __init__(
-        self, root: str, slot: int, *, isolated: bool, dask_get: Callable[..., Any] | None = None, gpu_env: str = ""
-    ) -> None:
+        self, root: str, slot: int, *, isolated: bool, dask_get: Callable[..., Any] | None = None, gpu_env: str = "",
+        address: str = gang.LOOPBACK,
+    ) -> None:  # fmt: skip
         attempt = Attempt.read(AttemptPaths(Path(root)))
         if attempt is None:
             raise WorkloadError(f"There is no launch record of attempt {Path(root).name}.")
-        self.attempt, self.slot, self.isolated = attempt, slot, isolated
+        self.attempt, self.slot, self.isolated, self._address = attempt, slot, isolated, address
         grant = attempt.grants[slot]
         self.threads = max(1, grant.cpu_milli // 1000)
         self._dask_get = dask_get
@@ -151,51 +153,45 @@ class Member:
     # ------------------------------------------------------------------------------------- gang
 
     def rank(self, row: Row) -> Row:
-        """Train as one rank. row: out (staging folder of the results), world. Returns rank 0's result, or stopped."""
+        """Train as one rank. row: out (staging folder of the results), world, known (checkpoints, newest first).
+
+        Returns rank 0's result, or stopped. A collective that breaks because another rank is gone raises `WorkerLost`
+        with the code `peer-lost`: not this rank's fault.
+        """
         work = registry.find(self.attempt.spec).workload
         if not isinstance(work, Gang):
             raise WorkloadError(f"{self.attempt.spec.workload} is not a gang.")
         records = Records(self.attempt.paths.records(f"rank-{self.slot}"))
         ctx = self._context(self.slot, row["world"])
-        ctx.out, ctx.emit = Path(row["out"]), records.write
-        ctx.seed = self.attempt.spec.seed
-        leave = self._join(ctx, row["world"])
+        ctx.out, ctx.emit, ctx.known = Path(row["out"]), records.write, tuple(row["known"])
+        ctx.terminated = gang.TERMINATION.asked
         try:
-            result = work.train(self.attempt.spec, ctx)
+            with gang.TERMINATION:
+                self._join(ctx, row["world"])
+                result = work.train(self.attempt.spec, ctx)
+                ctx.settle()
         except Exception as error:
             ctx.log(f"rank {self.slot} failed: {traceback.format_exc(limit=-8)}")
             if isinstance(error, PermedError):
                 raise
+            if row["world"] > 1 and gang.is_of_a_peer(error):
+                raise WorkerLost(f"Rank {self.slot} lost its peers.", code="peer-lost") from None
             raise EngineError(f"Rank {self.slot}: {type(error).__name__}.", remedy="See `permed logs`.") from None
         finally:
-            leave()
+            gang.leave()
             records.close()
             ctx.digests.save()
         if result is None:
             return {"stopped": True}
         return {"stopped": False, "result": result_row(result) if self.slot == 0 else None}
 
-    def _join(self, ctx: WorkerContext, world: int) -> Callable[[], None]:
-        """Join the other ranks (gloo on CPU, nccl on GPU); returns how to leave."""
-        if world == 1:
-            return lambda: None
-        import torch
-        import torch.distributed as dist
-
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if len({g.node for g in self.attempt.grants}) == 1 else "")
-        backend = "nccl" if self.device.startswith("cuda") else "gloo"
-        rendezvous = self.attempt.paths.root / "rendezvous"
-        dist.init_process_group(
-            backend, init_method=f"file://{rendezvous}", rank=self.slot, world_size=world, timeout=timedelta(minutes=10)
-        )
-
-        def agree(mine: bool) -> bool:
-            flag = torch.tensor([int(mine)], device=self.device if backend == "nccl" else "cpu")
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            return bool(flag.item())
-
-        ctx.agree, ctx.barrier = agree, dist.barrier
-        return dist.destroy_process_group
+    def _join(self, ctx: WorkerContext, world: int) -> None:
+        if world > 1:
+            alone = len({grant.node for grant in self.attempt.grants}) == 1
+            ctx.collective = gang.join(
+                self.attempt.paths.root / "rendezvous", self.slot, world, gpu=self.device.startswith("cuda"),
+                address=gang.LOOPBACK if alone else self._address,
+            )  # fmt: skip
 
     # ------------------------------------------------------------------------------------- both
 

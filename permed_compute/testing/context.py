@@ -18,11 +18,13 @@ from typing import Any
 
 from permed_compute.errors import Finding, PermedError, WorkloadError
 from permed_compute.spec import JobSpec
+from permed_compute.storage import checkpoints
+from permed_compute.storage.checkpoints import Keep
 from permed_compute.workloads.port import DonePart, Map, Next, Part, Result
 
 
 class LocalContext:
-    """Everything stays below `root`: `out/`, `scratch/`, `checkpoint/`. What was logged is kept in lists and dicts.
+    """Everything stays below `root`: `out/`, `scratch/`, `checkpoint-000001/`. What was logged is kept in lists, dicts.
 
     metrics: (name, value, step); stages: seconds by name, summed; digests: how often each file was asked for.
     `stop` makes `should_stop()` answer True.
@@ -84,17 +86,16 @@ class LocalContext:
         finally:
             self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - begun
 
-    def checkpoint(self, save: Callable[[Path], None]) -> None:
-        fresh, kept = self.root / "checkpoint.new", self.root / "checkpoint"
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        save(fresh)
-        shutil.rmtree(kept, ignore_errors=True)
-        fresh.rename(kept)
+    def checkpoint(self, save: Callable[[Path], None], *, keep: Keep | None = None, beside: bool = False) -> None:
+        known = checkpoints.names(self.root)
+        number = 1 + (checkpoints.number_of(known[0]) if known else 0)
+        checkpoints.save(checkpoints.Part(self.root, number, 1, 0, 1), save, fence=lambda: None, keep=keep)
 
     def restore(self) -> Path | None:
-        kept = self.root / "checkpoint"
-        return kept if kept.is_dir() else None
+        return checkpoints.newest(self.root)
+
+    def agree(self, mine: bool) -> bool:
+        return mine
 
     def should_stop(self) -> bool:
         return self.stop

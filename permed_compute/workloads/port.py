@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from permed_compute.errors import Finding
 from permed_compute.spec import JobSpec
+from permed_compute.storage.checkpoints import Keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +127,18 @@ class Context(Protocol):
         """Context manager that times a stage (`with ctx.stage('read'): …`); wall seconds, by name, in the manifest."""
         ...
 
-    def checkpoint(self, save: Callable[[Path], None]) -> None:
-        """Gang: `save(folder)` writes this rank's state; kept atomically, newest wins. All ranks call it together."""
+    def checkpoint(self, save: Callable[[Path], None], *, keep: Keep | None = None, beside: bool = False) -> None:
+        """Gang: `save(folder)` writes this rank's state; published when all ranks have, newest wins. All ranks call it
+        equally often. `beside`: in a thread; `save` must then hold a copy of the state. What it raises, the next
+        checkpoint or the end of `train` raises."""
         ...
 
     def restore(self) -> Path | None:
-        """Gang: folder of the newest complete checkpoint, or None at the first start."""
+        """Gang: folder of the newest whole checkpoint (`rank-0/`, `rank-1/` …), or None. All ranks call it together."""
+        ...
+
+    def agree(self, mine: bool) -> bool:
+        """Gang: True where any rank says so. All ranks call it together."""
         ...
 
     def should_stop(self) -> bool:
@@ -192,7 +199,8 @@ class Map:
 class Gang:
     """A gang workload: `train` runs once per rank, all ranks together or none."""
 
-    train: Callable[[JobSpec, Context], Result]
+    train: Callable[[JobSpec, Context], Result | None]
+    """None: it was asked to stop (`ctx.should_stop`) and has written its checkpoint."""
     version: str = "1"
 
 

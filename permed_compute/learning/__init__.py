@@ -1,0 +1,1 @@
+"""What every domain's training shares. Plain torch; nothing here knows what runs it."""
