@@ -16,7 +16,9 @@ from scipy import special
 from permed_compute.workloads.omics import packed as bits
 from permed_compute.workloads.omics.packed import compiled
 
-_TILE = 256
+_TILE, _TILE_BYTES = 128, 2048
+_RARE = 12
+"""A minor allele with fewer copies than one for so many people is summed over its carriers."""
 _ALIASED = 1e-4
 """Share of a genotype's variation that covariates must leave: below it, float32 products say nothing."""
 _SPA_FROM = 2.0
@@ -71,20 +73,40 @@ class _Coded:
 
 
 def _products(packed: np.ndarray, table: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """(rows, k) float64: genotypes (by `table`) times `right` (people, k), in tiles that stay in the cache."""
+    """(rows, k) float64: genotypes (by `table`) times `right` (people, k), in tiles that stay in the cache.
+
+    The narrow side stands first and is filled up to eight columns: as libraries are, that is four times as fast.
+    """
     import torch
 
     packed = np.ascontiguousarray(packed)
     width = packed.shape[1]
-    given = torch.zeros(4 * width, right.shape[1])
-    given[: len(right)] = torch.from_numpy(np.ascontiguousarray(right, np.float32))
+    given = torch.zeros(-(-right.shape[1] // 8) * 8, 4 * width)
+    given[: right.shape[1], : len(right)] = torch.from_numpy(np.ascontiguousarray(right.T, np.float32))
+    out = np.zeros((len(packed), right.shape[1]))
+    room = np.empty(_TILE * 4 * min(width, _TILE_BYTES), np.float32)
+    for first in range(0, width, _TILE_BYTES):
+        last = min(first + _TILE_BYTES, width)
+        for row in range(0, len(packed), _TILE):
+            end = min(row + _TILE, len(packed))
+            tile = room[: (end - row) * 4 * (last - first)].reshape(end - row, -1)
+            bits.unpack_table(packed[row:end], table[row:end], first, tile)
+            found = given[:, 4 * first : 4 * last] @ torch.from_numpy(tile).T
+            out[row:end] += found.numpy()[: right.shape[1]].T
+    return out
+
+
+def _minor_products(packed: np.ndarray, coded: _Coded, right: np.ndarray) -> np.ndarray:
+    """(rows, k) float64: copies of the minor allele, none where missing, times `right` (people, k).
+
+    Rows of few carriers are summed over these, in float64; the others are products.
+    """
+    rare = coded.total <= len(right) // _RARE
     out = np.empty((len(packed), right.shape[1]))
-    rows = max(16, min(_TILE, (4 << 20) // max(1, 16 * width)))
-    room = np.empty((rows, 4 * width), np.float32)
-    for row in range(0, len(packed), rows):
-        end = min(row + rows, len(packed))
-        bits.unpack_table(packed[row:end], table[row:end], 0, room[: end - row])
-        out[row:end] = (torch.from_numpy(room[: end - row]) @ given).numpy()
+    if rare.any():
+        out[rare] = bits.gather(bits.split(packed[rare], len(right), ~coded.alt[rare])[0], right)
+    if not rare.all():
+        out[~rare] = _products(packed[~rare], coded.table()[~rare], right)
     return out
 
 
@@ -116,7 +138,7 @@ def linear(packed: np.ndarray, null: LinearNull) -> Tested:
     people, k = null.basis.shape
     coded = _Coded.of(packed, people)
     scale, spread = np.sqrt(people), float(np.sqrt(np.mean(null.residual**2))) or 1.0
-    products = _products(packed, coded.table(), np.column_stack([null.basis * scale, null.residual / spread]))
+    products = _minor_products(packed, coded, np.column_stack([null.basis * scale, null.residual / spread]))
     on_basis = products[:, :k] / scale
     on_basis[:, 0] = coded.total / scale  # whole numbers, without rounding
     on_y = products[:, k] * spread
@@ -127,9 +149,8 @@ def linear(packed: np.ndarray, null: LinearNull) -> Tested:
     if len(some):
         first, second = np.triu_indices(k)
         pairs = null.basis[:, first] * null.basis[:, second]
-        lost = bits.missing_design(
-            packed[some], np.column_stack([pairs, null.basis * null.residual[:, None], null.residual**2])
-        )
+        missing = bits.split(packed[some], people)[1]
+        lost = bits.gather(missing, np.column_stack([pairs, null.basis * null.residual[:, None], null.residual**2]))
         gram = np.zeros((len(some), k, k))
         gram[:, first, second] = gram[:, second, first] = -lost[:, : len(first)]
         gram[:, np.arange(k), np.arange(k)] += 1

@@ -173,18 +173,22 @@ def run(part: Part, model: Analysis, ctx: Context) -> PartResult:
 
 def associate(model: Analysis, start: int, stop: int, threads: int = 1) -> Tested:
     """Every row from start to stop, chunks beside each other."""
-    pieces = [piece for a, b in model.store.chunks(start, stop) for piece in _same_contig(model.store, a, b)]
+    contig = model.store.contig(start, stop)
+    pieces = [
+        (start + a, start + b, model.store.contigs[contig[a]])
+        for first, last in model.store.chunks(start, stop)
+        for a, b in _same(contig, first - start, last - start)
+    ]
     if threads == 1:
         return _joined([_test(model, *piece) for piece in pieces])
     with ThreadPoolExecutor(threads) as pool:
         return _joined(list(pool.map(lambda piece: _test(model, *piece), pieces)))
 
 
-def _same_contig(store: GenotypeStore, start: int, stop: int) -> Iterator[tuple[int, int, str]]:
-    contig = store.contig(start, stop)
-    edges = np.concatenate([[0], np.flatnonzero(np.diff(contig)) + 1, [len(contig)]])
-    for a, b in pairwise(edges):
-        yield start + int(a), start + int(b), store.contigs[contig[a]]
+def _same(contig: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Stretches of one contig between two places."""
+    edges = np.concatenate([[start], start + 1 + np.flatnonzero(np.diff(contig[start:stop])), [stop]])
+    yield from pairwise(edges.tolist())
 
 
 def _test(model: Analysis, start: int, stop: int, contig: str) -> Tested:

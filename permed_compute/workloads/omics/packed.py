@@ -6,11 +6,15 @@ callers run several blocks beside each other, so that the sum of blocks has one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numpy as np
 from numba import njit
+
+# Freed at once. glibc then keeps freed blocks of up to this size; else every block of genotypes (1 MB) would be fetched
+# from the kernel anew, and its page faults cost forty times the pass over it.
+np.empty(24 << 20, np.uint8)
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
@@ -175,109 +179,147 @@ def unpack_table(packed: Any, table: Any, first: Any, out: Any) -> None:  # prag
 
 
 @compiled
-def _fill_lut(one: Any, two: Any, lut: Any) -> None:  # pragma: no cover - compiled
-    for byte in range(256):
-        for j in range(4):
-            code = (byte >> (2 * j)) & 3
-            lut[byte, j] = one[code]
-            lut[byte, 4 + j] = two[code]
+def _split(words: Any, turn: Any, called: Any, missing: Any) -> None:  # pragma: no cover - compiled
+    for v in range(words.shape[0]):
+        turned = M1 if turn[v] else np.uint64(0)
+        for w in range(words.shape[1]):
+            word = words[v, w]
+            low, high = word & M1, (word >> _S1) & M1
+            both = low & high
+            missing[v, w] = both
+            called[v, w] = (low | ((high ^ (turned & ~low)) << _S1)) & ~(both | (both << _S1))
 
 
-@compiled
-def _score(packed: Any, first: Any, second: Any, total: Any) -> None:  # pragma: no cover - compiled
-    """total += the values of both tables; 4 rows at a time, so that sums are loaded a quarter as often."""
-    rows, width = packed.shape
-    lut = np.empty((4, 256, 8), np.float32)
-    part = np.zeros((width, 8), np.float32)
-    zero = np.zeros(4, np.float32)
-    since = 0
-    for v in range(0, rows, 4):
-        for k in range(4):
-            if v + k < rows:
-                _fill_lut(first[v + k], second[v + k], lut[k])
-            else:
-                _fill_lut(zero, zero, lut[k])
-        one = packed[v]
-        two = packed[min(v + 1, rows - 1)]
-        three = packed[min(v + 2, rows - 1)]
-        four = packed[min(v + 3, rows - 1)]
-        for b in range(width):
-            i0, i1, i2, i3 = one[b], two[b], three[b], four[b]
-            for j in range(8):
-                part[b, j] += (lut[0, i0, j] + lut[1, i1, j]) + (lut[2, i2, j] + lut[3, i3, j])
-        since += 4
-        if since >= 64 or v + 4 >= rows:
-            # float32 sums stay short: 64 rows, then float64.
-            for b in range(width):
-                for j in range(8):
-                    total[b, j] += part[b, j]
-                    part[b, j] = 0
-            since = 0
+def split(packed: np.ndarray, samples: int, turn: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(called, missing), each packed and padded to whole words: copies of ALT, none where missing; 1 where missing.
 
-
-def score(packed: np.ndarray, tables: Sequence[np.ndarray], samples: int) -> np.ndarray:
-    """(samples, len(tables)) float64: sum over rows of `table[row, code of the sample]`; each (rows, 4) float32.
-
-    Two tables share a pass over the bytes and cost little more than one.
+    Rows where the bool array `turn` is true have copies of REF.
     """
-    out = np.empty((samples, len(tables)))
-    packed = np.ascontiguousarray(packed)
-    nothing = np.zeros((len(packed), 4), np.float32)
-    for k in range(0, len(tables), 2):
-        first, second = (np.ascontiguousarray(table, np.float32) for table in (*tables[k : k + 2], nothing)[:2])
-        total = np.zeros((packed.shape[1], 8))
-        if len(packed):
-            _score(packed, first, second, total)
-        for j in range(min(2, len(tables) - k)):
-            out[:, k + j] = total[:, 4 * j : 4 * j + 4].reshape(-1)[:samples]
-    return out
+    words = _words(packed)
+    called, missing = np.empty_like(words), np.empty_like(words)
+    turned = np.zeros(len(packed), bool) if turn is None else turn
+    _split(words, turned, called, missing)
+    if turned.any():
+        _clear_behind(called.view(np.uint8), samples)
+    return called.view(np.uint8), missing.view(np.uint8)
 
 
-MARK = 65536
-"""A missing call in a table of marks: dosages and missing calls of up to 32,767 rows are told apart in one sum."""
+def _clear_behind(plane: np.ndarray, samples: int) -> None:
+    """No copies behind the last sample, where turning has put two."""
+    whole = samples // 4
+    if samples % 4:
+        plane[:, whole] &= (1 << 2 * (samples % 4)) - 1
+        whole += 1
+    plane[:, whole:] = 0
 
 
-@compiled
-def _add_missing(packed: Any, columns: Any, samples: Any, out: Any) -> None:  # pragma: no cover - compiled
-    for v in range(packed.shape[0]):
-        for b in range(packed.shape[1]):
-            byte = packed[v, b]
-            both = byte & (byte >> 1) & 0x55
-            if both:
-                for j in range(4):
-                    if both & (1 << (2 * j)):
-                        s = 4 * b + j
-                        if s < samples:
-                            for k in range(columns.shape[1]):
-                                out[s, k] += columns[v, k]
-
-
-def missing_sums(packed: np.ndarray, columns: np.ndarray, samples: int) -> np.ndarray:
-    """(samples, k) float64: sum of `columns` (rows, k) over the rows where the sample is missing."""
-    out = np.zeros((samples, columns.shape[1]), np.float64)
-    _add_missing(np.ascontiguousarray(packed), np.ascontiguousarray(columns, np.float64), samples, out)
-    return out
+_SHORT = 64
+"""Rows summed in float32 before they are added up in float64."""
 
 
 @compiled
-def _missing_rows(packed: Any, design: Any, out: Any) -> None:  # pragma: no cover - compiled
-    for v in range(packed.shape[0]):
-        for b in range(packed.shape[1]):
-            byte = packed[v, b]
-            both = byte & (byte >> 1) & 0x55
-            if both:
-                for j in range(4):
-                    if both & (1 << (2 * j)):
-                        s = 4 * b + j
-                        if s < design.shape[0]:
-                            for k in range(design.shape[1]):
-                                out[v, k] += design[s, k]
+def _weigh(packed: Any, weight: Any, total: Any) -> None:  # pragma: no cover - compiled
+    """total (4, width) float64 += Σ weight · copies, sample 4 b + j at [j, b]; `weight` has whole fours of rows.
+
+    Copies are not shifted down to the lowest bits: at place j they count 4^j times as much, and the weight is divided
+    by it, which is exact. So the loop over bytes has neither branch nor table, and compiles to vectors: nine times as
+    fast as a table of 256 entries a row.
+    """
+    rows, width = packed.shape
+    part = np.zeros((4, width), np.float32)
+    for start in range(0, rows, _SHORT):
+        for v in range(start, min(start + _SHORT, rows), 4):
+            one, two = packed[v], packed[min(v + 1, rows - 1)]
+            three, four = packed[min(v + 2, rows - 1)], packed[min(v + 3, rows - 1)]
+            for j in range(4):
+                scale = np.float32(1) / np.float32(1 << (2 * j))
+                w1, w2, w3, w4 = (
+                    weight[v] * scale, weight[v + 1] * scale, weight[v + 2] * scale, weight[v + 3] * scale
+                )  # fmt: skip
+                place = np.int32(3 << (2 * j))
+                sums = part[j]
+                for b in range(width):
+                    sums[b] += (
+                        w1 * np.float32(np.int32(one[b]) & place) + w2 * np.float32(np.int32(two[b]) & place)
+                    ) + (
+                        w3 * np.float32(np.int32(three[b]) & place) + w4 * np.float32(np.int32(four[b]) & place)
+                    )  # fmt: skip
+        for j in range(4):
+            for b in range(width):
+                total[j, b] += part[j, b]
+                part[j, b] = 0
 
 
-def missing_design(packed: np.ndarray, design: np.ndarray) -> np.ndarray:
-    """(rows, k) float64: sum of `design` (samples, k) over the samples that are missing in the row."""
-    out = np.zeros((packed.shape[0], design.shape[1]), np.float64)
-    _missing_rows(np.ascontiguousarray(packed), np.ascontiguousarray(design, np.float64), out)
+def score(packed: np.ndarray, copies: np.ndarray, absent: np.ndarray, samples: int) -> np.ndarray:
+    """(samples, k) float64: sum over rows of `copies` (rows, k) times copies of ALT, or `absent` where it is missing.
+
+    Weights count in float32; sums of whole numbers are exact.
+    """
+    called, missing = split(packed, samples)
+    fours = -(-len(packed) // 4) * 4
+    out = np.empty((copies.shape[1], samples))
+    for k in range(copies.shape[1]):
+        total = np.zeros((4, called.shape[1]))
+        for plane, weights in ((called, copies), (missing, absent)):
+            if weights[:, k].any():
+                given = np.zeros(fours, np.float32)
+                given[: len(packed)] = weights[:, k]
+                _weigh(plane, given, total)
+        out[k] = total.T.reshape(-1)[:samples]
+    return out.T
+
+
+@compiled
+def _set_bits(x: Any) -> Any:  # pragma: no cover - compiled
+    """How many bits are set; in this form LLVM knows it for one instruction."""
+    x = x - ((x >> _S1) & M1)
+    x = (x & M2) + ((x >> _S2) & M2)
+    x = (x + (x >> _S4)) & M4
+    return (x * M8) >> _S56
+
+
+@compiled
+def _scatter(words: Any, columns: Any, out: Any) -> None:  # pragma: no cover - compiled
+    for v in range(words.shape[0]):
+        for w in range(words.shape[1]):
+            word = words[v, w]
+            while word:
+                bit = _set_bits((word & (~word + _S1)) - _S1)
+                word &= word - _S1
+                sample = np.int64(32 * w) + np.int64(bit >> _S1)
+                copies = 1.0 + np.float64(bit & _S1)
+                for k in range(columns.shape[1]):
+                    out[sample, k] += copies * columns[v, k]
+
+
+def scatter(plane: np.ndarray, columns: np.ndarray, samples: int) -> np.ndarray:
+    """(samples, k) float64: sum of `columns` (rows, k) times the copies of a plane of `split`.
+
+    Costs by the copy: for rare alleles and missing calls, where a product would be over zeros.
+    """
+    out = np.zeros((samples, columns.shape[1]))
+    _scatter(plane.view(np.uint64), np.ascontiguousarray(columns, np.float64), out)
+    return out
+
+
+@compiled
+def _gather(words: Any, design: Any, out: Any) -> None:  # pragma: no cover - compiled
+    for v in range(words.shape[0]):
+        for w in range(words.shape[1]):
+            word = words[v, w]
+            while word:
+                bit = _set_bits((word & (~word + _S1)) - _S1)
+                word &= word - _S1
+                sample = np.int64(32 * w) + np.int64(bit >> _S1)
+                copies = 1.0 + np.float64(bit & _S1)
+                for k in range(design.shape[1]):
+                    out[v, k] += copies * design[sample, k]
+
+
+def gather(plane: np.ndarray, design: np.ndarray) -> np.ndarray:
+    """(rows, k) float64: sum of `design` (samples, k) times the copies of a plane of `split`. As `scatter`, by rows."""
+    out = np.zeros((len(plane), design.shape[1]))
+    _gather(plane.view(np.uint64), np.ascontiguousarray(design, np.float64), out)
     return out
 
 

@@ -41,10 +41,12 @@ from permed_compute.workloads.port import Context, DonePart, Map, Part, PartResu
 
 VERSION = "1"
 _LEAST_FOR_FREQUENCIES = 50
-_ONE_BY_ONE = 3
-"""Up to so many columns the byte look-up table is faster than unpacking for a matrix product."""
-_SAMPLE_TILE = 4096
-_VARIANT_TILE = 256
+_ONE_BY_ONE = 8
+"""Up to so many scores a pass over the bytes for each is faster than unpacking for a matrix product."""
+_RARE = 12
+"""A row in which fewer than one person in so many differs from the common genotype is summed over these people."""
+_SAMPLE_TILE = 1024
+_VARIANT_TILE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +205,12 @@ def load_model(spec: JobSpec, ctx: Context) -> Scoring | None:
 
 def scoring(store: GenotypeStore, weights: Weights, frequency: np.ndarray | None = None) -> Scoring:
     marks = np.where(weights.used, np.where(weights.counts_ref, 2, 1), 0).astype(np.int8)
-    unique, set_of = np.unique(marks, axis=1, return_inverse=True)
+    place: dict[bytes, int] = {}
+    set_of = np.array([place.setdefault(column.tobytes(), len(place)) for column in np.ascontiguousarray(marks.T)])
+    unique = np.array([np.frombuffer(column, np.int8) for column in place]).reshape(len(place), -1).T
     columns = np.concatenate([weights.weight, (unique > 0).astype(np.float64)], axis=1)
     counts_ref = np.concatenate([weights.counts_ref, unique == 2], axis=1)
-    return Scoring(store, weights, frequency, columns, counts_ref, set_of.reshape(-1))
+    return Scoring(store, weights, frequency, columns, counts_ref, set_of)
 
 
 def read_frequencies(path: Path, store: GenotypeStore, rows: np.ndarray) -> np.ndarray:
@@ -313,58 +317,56 @@ def _chunk(model: Scoring, start: int, stop: int, missing: str) -> tuple[np.ndar
         return _from_dosage(
             dosage[rows], columns, ref, frequency, missing, first_set, known=model.frequency is not None
         )
-    some = np.flatnonzero(counted[:, 3])
-    if columns.shape[1] - first_set > _ONE_BY_ONE:
-        return _by_product(packed, columns, ref, frequency, missing, first_set, samples, some)
-    marks = [_marks(columns[:, k], ref[:, k]) for k in range(first_set, columns.shape[1])]
-    if first_set <= _ONE_BY_ONE:
-        given = [_table(columns[:, k], ref[:, k], frequency, missing) for k in range(first_set)]
-        sums = bits.score(packed, given + marks, samples)
-    else:
-        product, _ = _by_product(
-            packed, columns[:, :first_set], ref[:, :first_set], frequency, missing, first_set, samples, some
-        )
-        sums = np.column_stack([product, bits.score(packed, marks, samples)])
-    absent = np.floor(sums[:, first_set:] / bits.MARK)
-    sums[:, first_set:] -= absent * bits.MARK
-    return sums, absent
+    mean = np.where(ref, 2 - 2 * frequency[:, None], 2 * frequency[:, None])
+    signed, constant = np.where(ref, -columns, columns), (2 * columns * ref).sum(axis=0)
+    # A missing call adds nothing, or the mean; of a counted REF the constant has counted two copies already.
+    instead = columns * np.where(np.arange(columns.shape[1]) < first_set, mean if missing == "mean" else 0, 0)
+    instead -= 2 * columns * ref
+    used = columns[:, first_set:]
+    last = columns.shape[1]
+    first = 0 if first_set <= _ONE_BY_ONE else first_set
+    sums = np.empty((samples, last))
+    found = bits.score(
+        packed, np.hstack([signed[:, first:], np.zeros_like(used)]), np.hstack([instead[:, first:], used]), samples
+    )
+    sums[:, first:] = found[:, : last - first]
+    if first:
+        sums[:, :first] = _many(packed, counted, signed[:, :first], instead[:, :first], 2 * frequency, samples)
+    return sums + constant, found[:, last - first :]
 
 
-def _marks(used: np.ndarray, ref: np.ndarray) -> np.ndarray:
-    """(rows, 4) float32: copies of the counted allele, `MARK` for a missing call; nothing where a row is not used."""
-    copies = np.where(ref[:, None], [2.0, 1.0, 0.0, bits.MARK], [0.0, 1.0, 2.0, bits.MARK])
-    return np.asarray(copies * used[:, None], np.float32)
+def _many(
+    packed: np.ndarray, counted: np.ndarray, signed: np.ndarray, instead: np.ndarray, mean: np.ndarray, samples: int
+) -> np.ndarray:
+    """(samples, columns) float64: copies of ALT times `signed`, `instead` where missing.
 
-
-def _by_product(
-    packed: np.ndarray, columns: np.ndarray, ref: np.ndarray, frequency: np.ndarray, missing: str, first_set: int,
-    samples: int, some: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """All columns by one matrix product; `some`: rows with missing calls, which it counts as the mean."""
-    sums = _product(packed, np.where(ref, -columns, columns), 2 * frequency, samples)
-    sums += (2 * columns * ref).sum(axis=0)
-    absent = np.zeros((samples, columns.shape[1] - first_set))
-    nothing = slice(0 if missing == "zero" else first_set, columns.shape[1])
-    if len(some) and nothing.start < nothing.stop:
-        mean = np.where(ref, 2 - 2 * frequency[:, None], 2 * frequency[:, None])
-        sums[:, nothing] -= bits.missing_sums(packed[some], (columns * mean)[some, nothing], samples)
-        absent = bits.missing_sums(packed[some], columns[some, first_set:], samples)
-    return sums, absent
-
-
-def _table(weight: np.ndarray, ref: np.ndarray, frequency: np.ndarray, missing: str) -> np.ndarray:
-    """(rows, 4) float32: what each code of a genotype adds to the score."""
-    copies = np.where(ref[:, None], [2.0, 1.0, 0.0], [0.0, 1.0, 2.0])
-    mean = np.where(ref, 2 - 2 * frequency, 2 * frequency) if missing == "mean" else np.zeros(len(weight))
-    return np.asarray(np.column_stack([copies, mean]) * weight[:, None], np.float32)
+    Rows that few people differ in cost by those people; the others are one matrix product.
+    """
+    turn = counted[:, 2] > counted[:, 0]
+    carriers = counted[:, 1] + np.minimum(counted[:, 0], counted[:, 2]) + counted[:, 3]
+    rare = carriers <= samples // _RARE
+    sums = np.zeros((samples, signed.shape[1]))
+    if rare.any():
+        called, missing = bits.split(packed[rare], samples, turn[rare])
+        side, turned = signed[rare], turn[rare, None]
+        sums += bits.scatter(called, np.where(turned, -side, side), samples) + 2 * (side * turned).sum(axis=0)
+        sums += bits.scatter(missing, instead[rare] - 2 * side * turned, samples)
+    if not rare.all():
+        rows = packed[~rare]
+        sums += _product(rows, signed[~rare], mean[~rare], samples)
+        other = instead[~rare] - signed[~rare] * mean[~rare, None]
+        if np.abs(other).max() > 1e-12:
+            sums += bits.scatter(bits.split(rows, samples)[1], other, samples)
+    return sums
 
 
 def _product(packed: np.ndarray, signed: np.ndarray, mean: np.ndarray, samples: int) -> np.ndarray:
-    """(samples, columns) float64: copies of ALT times signed weights, by tiles that stay in the cache."""
+    """(samples, columns) float64: copies of ALT (`mean` where missing) times signed weights, by tiles that stay in the
+    cache."""
     import torch
 
     width = packed.shape[1]
-    out = np.zeros((4 * width, signed.shape[1]))
+    out = np.zeros((signed.shape[1], 4 * width))
     table = np.column_stack([np.zeros(len(mean)), np.ones(len(mean)), np.full(len(mean), 2.0), mean]).astype(np.float32)
     given = torch.from_numpy(np.ascontiguousarray(signed.T, np.float32))
     packed = np.ascontiguousarray(packed)
@@ -375,9 +377,8 @@ def _product(packed: np.ndarray, signed: np.ndarray, mean: np.ndarray, samples: 
             end = min(row + _VARIANT_TILE, len(packed))
             view = tile[: end - row, : 4 * (last - first)]
             bits.unpack_table(packed[row:end], table[row:end], first, view)
-            found = given[:, row:end] @ torch.from_numpy(view)
-            out[4 * first : 4 * last] += found.numpy().T
-    return np.asarray(out[:samples])
+            out[:, 4 * first : 4 * last] += (given[:, row:end] @ torch.from_numpy(view)).numpy()
+    return np.asarray(out[:, :samples].T)
 
 
 def _from_dosage(

@@ -143,7 +143,7 @@ def _of_people(packed: np.ndarray, kind: np.ndarray, counted: AlleleCounts, samp
         p = counted.ac[where] / np.maximum(counted.an[where], 1)
         n = np.maximum(counted.an[where], 2)
         expected = 2 * p * (1 - p) * n / (n - 1)
-        lost = bits.missing_sums(block, expected[:, None], samples)[:, 0]
+        lost = bits.scatter(bits.split(block, samples)[1], expected[:, None], samples)[:, 0]
         rows.append((len(block) - missing, het, missing, expected.sum() - lost))
     (called, het, missing, expected), (x_called, x_het, _, x_expected) = rows
     return np.stack([called, het, missing, expected, x_called, x_het, x_expected]).astype(np.float64)

@@ -28,22 +28,43 @@ def test_counts_of_some_samples(samples=101):
 
 
 @pytest.mark.parametrize("variants", [1, 5, 64, 203])
-def test_score_is_the_sum_over_the_table(variants):
+def test_score_is_the_weighted_sum(variants):
     copies, rng = genotypes(variants, 37), np.random.default_rng(2)
-    table = rng.normal(size=(variants, 4)).astype(np.float32)
-    naive = np.array([sum(float(table[v, copies[v, s]]) for v in range(variants)) for s in range(37)])
-    found = bits.score(bits.pack(copies), [table, 2 * table, -table], 37)
-    assert found == pytest.approx(np.outer(naive, [1, 2, -1]), abs=2e-4)
+    weight, absent = rng.normal(size=(2, variants, 3))
+    naive = np.where(copies == 3, 0, copies).T @ weight + (copies == 3).T @ absent
+    assert bits.score(bits.pack(copies), weight, absent, 37) == pytest.approx(naive, abs=2e-4)
+
+
+def test_a_score_of_whole_numbers_is_exact():
+    copies = genotypes(5000, 37)
+    ones, none = np.ones((5000, 1)), np.zeros((5000, 1))
+    found = bits.score(bits.pack(copies), np.hstack([ones, none]), np.hstack([none, ones]), 37)
+    assert (found[:, 0] == np.where(copies == 3, 0, copies).sum(axis=0)).all()
+    assert (found[:, 1] == (copies == 3).sum(axis=0)).all()
 
 
 def test_sums_over_missing_calls():
     copies, rng = genotypes(40, 37, missing=0.3), np.random.default_rng(3)
     columns, design, packed = rng.normal(size=(40, 2)), rng.normal(size=(37, 3)), bits.pack(copies)
     lost = (copies == 3).astype(float)
-    assert bits.missing_sums(packed, columns, 37) == pytest.approx(lost.T @ columns)
-    assert bits.missing_design(packed, design) == pytest.approx(lost @ design)
+    assert bits.scatter(bits.split(packed, 37)[1], columns, 37) == pytest.approx(lost.T @ columns)
+    assert bits.gather(bits.split(packed, 37)[1], design) == pytest.approx(lost @ design)
     het, missing = bits.sample_counts(packed, 37)
     assert (het == (copies == 1).sum(axis=0)).all() and (missing == (copies == 3).sum(axis=0)).all()
+
+
+@pytest.mark.parametrize("samples", [1, 31, 32, 33, 37, 101])
+def test_planes_turned_or_not(samples):
+    copies = genotypes(40, samples, missing=0.2)
+    turn = np.arange(40) % 2 == 0
+    called, missing = bits.split(bits.pack(copies), samples, turn)
+    wanted = np.where(copies == 3, 0, np.where(turn[:, None], 2 - copies, copies))
+    wide = 4 * called.shape[1]
+    assert (bits.unpack(called, wide) == np.pad(wanted, ((0, 0), (0, wide - samples)))).all()
+    assert (bits.unpack(missing, samples) == (copies == 3)).all()
+    columns, design = np.random.default_rng(0).normal(size=(40, 3)), np.random.default_rng(1).normal(size=(samples, 2))
+    assert bits.scatter(called, columns, samples) == pytest.approx(wanted.T @ columns)
+    assert bits.gather(called, design) == pytest.approx(wanted @ design)
 
 
 def test_alleles_half_missing_haploid_and_others():
