@@ -23,7 +23,7 @@ from permed_compute import __version__
 from permed_compute.errors import Finding, RefusedInput
 from permed_compute.storage import volumes
 from permed_compute.storage.volumes import CHUNK, Layout, VolumeReader
-from permed_compute.workloads.radiology import geometry
+from permed_compute.workloads.radiology import geometry, nifti
 from permed_compute.workloads.radiology.read import Volume
 
 SUFFIX = ".zarr"
@@ -207,6 +207,11 @@ def write(
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return {**told, "about": about}
+
+
+def write_nifti(store: VolumeStore, path: Path) -> None:
+    """The stored integers as NIfTI-1, with their rescale in its header."""
+    nifti.write(store.all(), store.affine_ras, path, rescale=store.rescale)
 
 
 def finished(path: Path, source: str, how: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
