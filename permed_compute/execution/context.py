@@ -68,7 +68,7 @@ class WorkerContext:
         return self.digests.digest(path)
 
     def pseudonym(self, identifier: str) -> str:
-        return "p-" + hmac.new(self.salt, identifier.encode(), hashlib.sha256).hexdigest()[:20] if identifier else ""
+        return pseudonym_of(self.salt, identifier)
 
     def input(self, name: str = "input") -> Path:
         found = [ref.path for ref in self.spec.inputs if ref.name == name]
@@ -187,6 +187,11 @@ def raise_fence(paths: AttemptPaths) -> None:
     """From now on only this attempt of the job may write."""
     with replacing(paths.job.fence) as new:
         new.write_text(str(paths.number))
+
+
+def pseudonym_of(salt: bytes, identifier: str) -> str:
+    """`Context.pseudonym` under that key (`pseudonym_key`)."""
+    return "p-" + hmac.new(salt, identifier.encode(), hashlib.sha256).hexdigest()[:20] if identifier else ""
 
 
 def pseudonym_key(home: HomePaths) -> bytes:
