@@ -39,9 +39,12 @@ def moves_of(plan: Plan, job_of: Callable[[str], Job], *, actor: str) -> list[Mo
 
 
 def stopping_instead(plan: Plan) -> Plan:
-    """The plan for engines whose attempts cannot be resized: an elastic job that is to shrink is stopped and queued
-    again, and takes what is there when its turn comes; none grows."""
-    stops = [Preemption(each.job_id, each.version, each.for_job, "shrunk") for each in plan.resizes if each.for_job]
+    """The plan for engines whose attempts cannot be resized: an elastic job that is to shrink or grow is stopped and
+    queued again, and takes what is there when its turn comes. Its finished parts are kept."""
+    stops = [
+        Preemption(each.job_id, each.version, each.for_job, "shrunk" if each.for_job else "grown")
+        for each in plan.resizes
+    ]
     return replace(plan, preemptions=(*plan.preemptions, *stops), resizes=()) if plan.resizes else plan
 
 

@@ -14,6 +14,7 @@ import gc
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from operator import attrgetter
 from typing import Any
 
 from permed_compute.admission.fairshare import FairQueue, Group, Kind, Levels, grouped, levels
@@ -112,7 +113,7 @@ class _Decision:
         for job in snapshot.live:
             self.cluster.hold(job.grants, held_until(job, now))
             self.tree.add(job.account, job.uses)
-        self.holders = sorted(snapshot.live, key=lambda job: (job.ends_by, job.job_id))
+        self.holders = sorted(snapshot.live, key=attrgetter("ends_by"))
         ready = self._promised(valid)
 
         # 3. Reclaim: what a lowered quota no longer covers, once the stated delay is over.
@@ -516,11 +517,14 @@ class _Decision:
         return True
 
     def _grow(self) -> None:
-        """Running elastic jobs take what nobody waits for."""
+        """Running elastic jobs take what nobody waits for: each at least twice what it has, and not before its minimum
+        run time, because it is started anew for it where attempts cannot be resized. Protected bands are not."""
         wanted = self._wanted()
         for held in self.snapshot.live:
             more = held.workers_max - len(held.grants)
-            if not held.stoppable or more <= 0 or not held.grants or held.job_id in self.given_up:
+            if not held.stoppable or more < len(held.grants) or not held.grants or held.job_id in self.given_up:
+                continue
+            if self.policy.rules[held.band].protected or self.now - held.started_at < 1000 * self.policy.min_runtime:
                 continue
             each = held.grants[0]
             if {CPU if not each.gpu_milli else each.flavor} & wanted:
@@ -530,7 +534,7 @@ class _Decision:
             if held.account in self.tree.number:
                 most, _ = self.tree.workers(held.account, wanted_by(need, each.flavor), more)
             placed = self.cluster.place(need, each.flavor, most, held.account, self.now, held.ends_by) if most else None
-            if placed:
+            if placed and len(placed) >= len(held.grants):
                 self.cluster.hold(placed, held.ends_by)
                 self.tree.add(held.account, used_by(placed))
                 self.resizes.append(Resize(held.job_id, held.version, (*held.grants, *placed)))

@@ -52,6 +52,9 @@ def explain(job: Job, plan: Plan, snapshot: Snapshot | None, name_of: Callable[[
     if job.state is not JobState.QUEUED or wait is None:
         return _not_waiting(job)
     sentence, change = _SENTENCES[wait.code](wait, [f"{name_of(other)} ({other})" for other in wait.blockers])
+    if wait.code == "back-off" and job.detail.get("sentence"):  # what was lost, and how often it may be
+        sentence = f"{job.detail['sentence']} It starts again after a pause."
+        change = str(job.detail.get("remedy", "")) or change
     estimate, basis = _estimate(wait, plan, snapshot)
     return Explanation(
         job.id, job.state.value, wait.code, sentence, change, wait.blockers, estimate, basis, _ahead(wait, plan)

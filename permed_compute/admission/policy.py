@@ -118,8 +118,8 @@ class Policy:
     """Whoever has waited so long has a reserved start beside those (one per account)."""
     drain_after: int = 3600
     """After a policy lowers a quota below what is in use, so long until the excess is preempted."""
-    grows: bool = False
-    """Running elastic jobs grow into capacity that nobody waits for."""
+    grows: bool = True
+    """Running elastic jobs grow into capacity that nobody waits for, where it at least doubles their workers."""
     effective_from: int = 0
     effective_until: int = 0
 

@@ -196,7 +196,7 @@ class _Search:
         theirs = self.tree.number[victim.job.account]
         return (
             not victim.keeps, theirs == self.mine, -self.rank[victim.job.band], victim.lost_ms,
-            -victim.job.started_at, victim.job.job_id,
+            -victim.job.started_at,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------- what if
@@ -240,7 +240,7 @@ def draining(
         job for job in live if job.stoppable and job.account in tree.number and not policy.rules[job.band].protected
     ]
     lost = {job.job_id: max(0, now - max(job.kept_at, job.started_at)) * len(job.grants) for job in running}
-    running.sort(key=lambda job: (-rank[job.band], lost[job.job_id], -job.started_at, job.job_id))
+    running.sort(key=lambda job: (-rank[job.band], lost[job.job_id], -job.started_at))
     chosen: list[tuple[Reservation, int]] = []
     for job in running:
         used = job.uses

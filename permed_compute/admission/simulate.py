@@ -354,7 +354,7 @@ class Simulation:
                 self._happen(kind, what, token, now)
             if not self.rules.batched:
                 self._flush()
-            if self._due is not None and self._due <= now:
+            if self._due is not None and self._due <= now and self._open_questions():
                 self._cycle(now)
         return self._outcome()
 
@@ -364,9 +364,13 @@ class Simulation:
             moments.append(self.trace.start + self.trace.jobs[self._next_arrival].submit)
         if self._heap:
             moments.append(self._heap[0][0])
-        if self._due is not None and self._waiting:
+        if self._due is not None and self._open_questions():
             moments.append(self._due)
         return min(moments, default=None)
+
+    def _open_questions(self) -> bool:
+        """Is there anything to decide: somebody waits, or somebody could grow?"""
+        return bool(self._waiting) or any(len(job.grants) < job.workers_max for job in self._live.values())
 
     def _at(self, at: int, kind: int, what: Any, token: int = 0) -> None:
         self._count += 1
@@ -586,8 +590,6 @@ class Simulation:
     def _cycle(self, now: int) -> None:
         self._due = None
         self._flush()
-        if not self._waiting:
-            return
         self._cycles += 1
         plan = self._decide(self.snapshot(now), self.policy, now)
         changed = self._commit(plan, now)

@@ -18,7 +18,7 @@ from permed_compute.states import LIVE, JobState
 __all__ = [
     "ANY_GPU", "CPU", "Admission", "Dependency", "Gpu", "Grant", "Need", "Node", "Plan", "Policy", "Preemption",
     "Promise", "Reason", "Reservation", "Resize", "Snapshot", "Start", "Wait", "Waiting", "Waits", "Window",
-    "grants_of", "take", "used_by",
+    "grants_of", "open_questions", "take", "used_by",
 ]  # fmt: skip
 
 ANY_GPU = "gpu"
@@ -389,6 +389,11 @@ def take(
     return Snapshot(
         nodes, tuple(live), tuple(waiting), usage or {}, drained, frozen, windows, policy_since, seq, grace_ms
     )
+
+
+def open_questions(snapshot: Snapshot) -> bool:
+    """Is there anything to decide: does somebody wait, or could a running elastic job have more workers?"""
+    return bool(snapshot.waiting) or any(len(job.grants) < job.workers_max for job in snapshot.live)
 
 
 def grants_of(job: Job) -> tuple[Grant, ...]:

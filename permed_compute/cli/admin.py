@@ -102,13 +102,13 @@ def replay_decisions(ctx: typer.Context) -> None:
     """
     from dataclasses import asdict
 
+    from permed_compute.admission.commit import stopping_instead
     from permed_compute.admission.replay import replay
-    from permed_compute.execution.controller import as_attempts_can
 
     session = Session.of(ctx)
     with session.client() as client:
         specs = _specs(client)
-        done = replay(_events(client), specs.__getitem__, as_attempts_can)
+        done = replay(_events(client), specs.__getitem__, stopping_instead)
     numbers = ", ".join(map(str, done.different))
     verdict = f"[red]✗[/] different: events {numbers}" if numbers else "[green]✓[/] all the same"
     session.answer(asdict(done), f"{done.moves} moves of {done.decisions} decisions taken again: {verdict}")

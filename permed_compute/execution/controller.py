@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from permed_compute.admission.commit import clean, moves_of
+from permed_compute.admission.commit import clean, moves_of, stopping_instead
 from permed_compute.admission.decide import decide
 from permed_compute.admission.fold import Picture, node_row
-from permed_compute.admission.snapshot import Node, Plan, Policy, Preemption, grants_of
+from permed_compute.admission.snapshot import Node, Plan, Policy, grants_of, open_questions
 from permed_compute.errors import EngineError, LeaseLostError, PermedError, StaleError
 from permed_compute.execution import failure, records
 from permed_compute.execution.context import raise_fence
@@ -171,7 +171,7 @@ class Controller:
             return False  # no event since a decision that started nothing: the same snapshot decides the same
         self._note_nodes()
         snapshot, self.policy, jobs = self._seen().see(now)
-        plan = as_attempts_can(decide(snapshot, self.policy, now)) if snapshot.waiting else Plan("")
+        plan = stopping_instead(decide(snapshot, self.policy, now)) if open_questions(snapshot) else Plan("")
         if not (plan.admissions or plan.preemptions or plan.promises):
             due = [job.not_before for job in snapshot.waiting if job.not_before > now]
             due += [job.deadline for job in snapshot.waiting if job.deadline > now]
@@ -279,8 +279,7 @@ class Controller:
         if now - self._looked_for_checkpoint.get(job.id, 0) < _CHECKPOINT_LOOK_MS:
             return
         self._looked_for_checkpoint[job.id] = now
-        newest = checkpoints.newest(attempt.paths.job.state)
-        at = int(newest.stat().st_mtime * 1000) if newest is not None else 0
+        at = checkpoints.written_at(attempt.paths.job.state)
         if at > job.started_at and at > self._checkpoint_at.get(job.id, 0):
             self._checkpoint_at[job.id] = at
             self.queue.note("checkpoint", actor=self.name, data={"at": at}, job_id=job.id)
@@ -299,7 +298,7 @@ class Controller:
             exit_record = read_json(attempt.paths.exit)
             if exit_record is not None:
                 return self._settle(job, attempt, exit_record)
-            return self._lost(job, attempt, "attempt-lost")
+            return self._lost(job, attempt, self._how_lost(attempt))
         if liveness is Liveness.UNKNOWN and job.state is JobState.RUNNING and quiet >= self.settings.heartbeat * 1000:
             self._move(job, JobState.UNKNOWN, "engine-silent", detail=_said(job, "The engine does not answer."))
             return True
@@ -318,6 +317,15 @@ class Controller:
         asked = int(attempt.paths.stop.stat().st_mtime * 1000)
         if self.clock() - asked < self.settings.grace * 1000 or not self.executor.end(attempt):
             return False
+        return self._timed_out(job, attempt)
+
+    def _timed_out(self, job: Job, attempt: Attempt) -> bool:
+        """A long training is a chain of attempts, each within the limit, as long as each gets further."""
+        times = int(job.detail.get("continued", 0))
+        if times < job.spec.continuations and self._progressed(attempt):
+            detail = {**_without_grants(job), "continued": times + 1}
+            self._move(job, JobState.QUEUED, "continued", detail=detail)
+            return True
         return self._end_job(job, attempt, JobState.TIMED_OUT, "time-limit", None)
 
     # ------------------------------------------------------------------------------------- stop
@@ -356,7 +364,7 @@ class Controller:
         if why != "time-limit":  # its executor was closed under it: it goes on where it stopped
             self._move(job, JobState.QUEUED, "executor-closed", detail=_without_grants(job))
             return True
-        return self._end_job(job, attempt, JobState.TIMED_OUT, "time-limit", None)
+        return self._timed_out(job, attempt)
 
     # ------------------------------------------------------------------------------------- end
 
@@ -376,21 +384,29 @@ class Controller:
     def _lost(self, job: Job, attempt: Attempt, code: str) -> bool:
         if not self.executor.end(attempt):
             return False
-        rows, _ = records.read(attempt.paths.records())
-        progressed = any(row["kind"] in ("part", "checkpoint") and row.get("state") != "FAILED" for row in rows)
-        progressed = progressed or any(
-            row["kind"] == "checkpoint" for row in records.read(attempt.paths.records("rank-0"))[0]
-        )
         verdict = failure.after_loss(
-            code, losses=int(job.detail.get("losses", 0)), progressed=progressed, retries=job.spec.retries,
+            code, losses=job.detail.get("losses"), progressed=self._progressed(attempt), retries=job.spec.retries,
             now=self.clock(),
         )  # fmt: skip
-        told = {"losses": verdict.losses, "not_before": verdict.not_before, "sentence": verdict.sentence,
+        told = {"losses": dict(verdict.losses), "not_before": verdict.not_before, "sentence": verdict.sentence,
                 "remedy": verdict.remedy}  # fmt: skip
         if verdict.to is JobState.FAILED:
             return self._end_job(job, attempt, JobState.FAILED, code, told)
         self._move(job, JobState.QUEUED, code, detail={**_without_grants(job), **told})
         return True
+
+    def _progressed(self, attempt: Attempt) -> bool:
+        """Whether it has finished parts or written checkpoints."""
+        rows = [*records.read(attempt.paths.records())[0], *records.read(attempt.paths.records("rank-0"))[0]]
+        return any(row["kind"] in ("part", "checkpoint") and row.get("state") != "FAILED" for row in rows)
+
+    def _how_lost(self, attempt: Attempt) -> str:
+        """Gone without a word: with its node, where the engine no longer has that."""
+        try:
+            there = {node.name for node in self.executor.nodes()}
+        except EngineError:
+            return "attempt-lost"
+        return "attempt-lost" if all(grant.node in there for grant in attempt.grants) else "node-lost"
 
     def _end_job(
         self, job: Job, attempt: Attempt, state: JobState, reason: str, told: Mapping[str, Any] | None
@@ -412,14 +428,6 @@ class Controller:
 
 def _without_grants(job: Job) -> dict[str, Any]:
     return clean(job.detail)
-
-
-def as_attempts_can(plan: Plan) -> Plan:
-    """An attempt cannot lose workers while it runs: an elastic one that is to shrink is stopped and queued again, and
-    takes what is there when its turn comes; its finished parts are kept. None grows."""
-    asked = [resize for resize in plan.resizes if resize.for_job]
-    stops = [Preemption(each.job_id, each.version, each.for_job, "shrunk") for each in asked]
-    return replace(plan, preemptions=(*plan.preemptions, *stops), resizes=()) if plan.resizes else plan
 
 
 def decided(moves: list[Move], plan: Plan, seq: int, now: int) -> list[Move]:

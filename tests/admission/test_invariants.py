@@ -18,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from pool import account, node, policy
 
+from permed_compute.admission.commit import stopping_instead
 from permed_compute.admission.decide import decide
 from permed_compute.admission.explain import CODES
 from permed_compute.admission.fold import fold
 from permed_compute.admission.replay import replay
 from permed_compute.admission.snapshot import Grant, Node, grants_of
-from permed_compute.execution.controller import Controller, as_attempts_can
+from permed_compute.execution.controller import Controller
 from permed_compute.execution.port import Attempt, Liveness
 from permed_compute.execution.records import Records
 from permed_compute.paths import HomePaths, write_json
@@ -194,7 +195,7 @@ class Pool(RuleBasedStateMachine):
         assert all(wait.code in CODES for wait in plan.waits)
         assert all(event.actor and event.reason for event in self.queue.events())
         assert self.engine.most <= 1
-        done = replay(self.queue.events(), lambda job_id: jobs[job_id].spec, as_attempts_can)
+        done = replay(self.queue.events(), lambda job_id: jobs[job_id].spec, stopping_instead)
         assert not done.different
 
     @invariant()

@@ -13,7 +13,7 @@ from permed_compute.admission.decide import decide
 from permed_compute.admission.measures import jain, quantile, series, service, shifts, summary
 from permed_compute.admission.policy import Account, Policy, Quota
 from permed_compute.admission.simulate import Faults, Outcome, Rules, Simulation
-from permed_compute.admission.traces import HOUR_MS, Trace, TraceJob, flood, hospital_day, machines
+from permed_compute.admission.traces import HOUR_MS, Trace, TraceJob, flood, hospital_day, machines, saturated
 from permed_compute.admission.whatif import changed
 from permed_compute.errors import SpecError
 from permed_compute.queue.events import verify
@@ -63,6 +63,14 @@ def test_an_elastic_job_shares_its_work_among_its_workers() -> None:
     assert outcome.records[0].end == 15 * MINUTE
 
 
+def test_an_elastic_job_that_began_small_takes_the_pool_once_it_is_empty() -> None:
+    jobs = [job("first", 0, 20, workers_min=3, workers_max=3), job("wide", 0, 100, workers_max=4, checkpoint=MINUTE)]
+    wide = run(jobs, gpus=4).records[1]
+    assert wide.preempted == 1
+    # 20 minutes with one worker; asked to stop once the others have ended, 30 s of grace, then 80 min with four.
+    assert wide.end == 20 * MINUTE + 30_000 + 20 * MINUTE
+
+
 def test_a_job_longer_than_its_limit_is_timed_out() -> None:
     [record] = run([replace(job("long", 0, 30), limit=10 * MINUTE)]).records
     assert (record.outcome, record.end // MINUTE) == ("TIMED_OUT", 10)
@@ -95,6 +103,17 @@ def test_two_runs_say_the_same_to_the_byte() -> None:
         texts.append(json.dumps({**summary(outcome, trace.policy), "series": series(outcome)}, sort_keys=True))
     assert texts[0] == texts[1]
     assert json.loads(texts[0])["unfinished"] == 0
+
+
+def test_jobs_of_one_moment_are_told_apart_by_their_order_alone() -> None:
+    trace = saturated(700, gpus=80)  # hundreds are submitted in the same millisecond; their ids are drawn
+    policy = trace.policy or Policy()
+    rules = Rules(cycle=15 * MINUTE, launch=0, batched=True)
+    first, second = (
+        [(r.first_start, r.end, r.preempted) for r in Simulation(trace, policy, MemoryQueue, rules=rules).run().records]
+        for _ in range(2)
+    )
+    assert first == second
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES))

@@ -6,10 +6,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 from pool import GPU, NOW, account, job, node, policy, reason, running, runs, snapshot, started, stopped
 
+from permed_compute.admission.commit import stopping_instead
 from permed_compute.admission.decide import decide
 from permed_compute.admission.quota import Tree
 from permed_compute.admission.snapshot import Gpu, Node, Window
@@ -164,9 +167,24 @@ def test_an_elastic_job_shrinks_before_anything_is_stopped() -> None:
 
 
 def test_an_elastic_job_grows_into_what_nobody_waits_for() -> None:
-    grows = policy(account("a", 8), grows=True)
+    rule = policy(account("a", 8), account("b", 0), min_runtime=600)
     live = [runs("map", "a", range(2), workers_min=1, workers_max=6)]
-    assert [len(r.grants) for r in decide(snapshot([node()], [], live), grows, NOW).resizes] == [6]
+    [grown] = decide(snapshot([node()], [], live), rule, NOW).resizes
+    assert (len(grown.grants), grown.for_job) == (6, "")
+    # What cannot be resized is stopped and starts anew with more.
+    stop = stopping_instead(decide(snapshot([node()], [], live), rule, NOW))
+    assert [(each.job_id, each.reason) for each in stop.preemptions] == [("map", "grown")] and not stop.resizes
+
+
+@pytest.mark.parametrize("how", ["young", "not doubled", "wanted", "protected", "off"])
+def test_an_elastic_job_does_not_grow_where_it_would_cost_more_than_it_brings(how: str) -> None:
+    rule = policy(account("a", 8), account("b", 8, borrowing_limit=0), min_runtime=600, grows=how != "off")
+    began = NOW - (599_000 if how == "young" else 3_600_000)
+    band = Band.CLINICAL if how == "protected" else Band.RESEARCH
+    held = range(5) if how == "not doubled" else range(2)
+    live = [runs("map", "a", held, started_at=began, band=band, workers_min=1, workers_max=8)]
+    waiting = [job(1, "b", 8)] if how == "wanted" else []
+    assert not decide(snapshot([node()], waiting, live), rule, NOW).resizes
 
 
 def test_a_lowered_quota_stops_borrowing_and_drains_after_the_stated_delay() -> None:
