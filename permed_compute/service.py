@@ -28,6 +28,9 @@ ADMIN = {
 }  # fmt: skip
 """What an operator may rule, and what the ruling must say; `admission.fold` gives it its meaning."""
 
+_SPENT = ("losses", "continued", "not_before", "grants")
+"""What a job that is resumed begins anew."""
+
 _RESUMABLE = ENDED - {JobState.SUCCEEDED}
 
 
@@ -202,7 +205,7 @@ class JobService:
             to = step(job)
             if to is None:
                 return job
-            detail = {name: job.detail[name] for name in job.detail if name not in ("losses", "not_before", "grants")}
+            detail = {name: job.detail[name] for name in job.detail if name not in _SPENT}
             try:
                 move = Move(job.id, job.version, to, reason, self.caller.name, detail=detail if fresh else None)
                 moved = self.queue.apply([move])[0]

@@ -204,6 +204,9 @@ class JobSpec(_Model):
     params: Mapping[str, Any] = Field(default_factory=dict)
     resources: Resources = Resources()
     time_limit: Duration = Field(3600, description="e.g. 30m; the job is stopped at it, with its checkpoint kept")
+    continuations: int = Field(
+        0, ge=0, le=1000, description="how often it goes on from its checkpoint after reaching time_limit"
+    )
     deadline: datetime | None = Field(None, description="ISO 8601 with a time zone; orders clinical batches by slack")
     retries: int = Field(2, ge=0, le=20, description="per part, and of attempts lost to a fault of the machine")
     dependencies: tuple[str, ...] = Field((), description="ids of jobs that must have succeeded")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from permed_compute.errors import Finding, PermedError, StaleError, WorkloadError
-from permed_compute.execution import results
+from permed_compute.execution import failure, results
 from permed_compute.execution.context import WorkerContext
 from permed_compute.execution.port import Attempt
 from permed_compute.execution.records import Records
@@ -310,7 +310,8 @@ class _Handout:
             self.drive._settle(row)
             return
         task.failures += 1
-        if task.failures <= self.retries and row["code"] != "workload":
+        if failure.part_again(row["code"], task.failures, self.retries):
+            task.alone = task.alone or row["code"] == "out-of-memory"
             self.drive.records.write("retry", name=task.part.name, code=row["code"], failures=task.failures)
             self.waiting.append(task)
         else:
@@ -324,7 +325,7 @@ class _Handout:
             task.losses += 1
         for suspect in suspects:
             suspect.alone = True
-            if suspect.losses > self.retries:
+            if not failure.part_again(error.code, suspect.losses, self.retries):
                 self.drive._settle(
                     {
                         "name": suspect.part.name,

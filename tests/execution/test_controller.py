@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from permed_compute.admission.snapshot import Node
-from permed_compute.errors import EngineError, LeaseLostError
+from permed_compute.errors import EngineError, LeaseLostError, PermissionDeniedError
 from permed_compute.execution.controller import Controller, ended
 from permed_compute.execution.inprocess import InProcessExecutor
 from permed_compute.execution.port import Attempt, Liveness
@@ -20,6 +20,7 @@ from permed_compute.execution.records import Records
 from permed_compute.paths import HomePaths, read_json, write_json
 from permed_compute.queue.memory import MemoryQueue
 from permed_compute.queue.port import Job
+from permed_compute.service import Caller, JobService
 from permed_compute.settings import Settings
 from permed_compute.spec import JobSpec
 from permed_compute.states import JobState
@@ -51,6 +52,17 @@ CODE = """
         while not ctx.should_stop():
             time.sleep(0.02)
         ctx.checkpoint(lambda folder: (folder / "state.txt").write_text("here"))
+
+    def count(spec, ctx):
+        from permed_compute import Result
+        found = ctx.restore()
+        done = 1 + (int((found / "rank-0" / "n.txt").read_text()) if found else 0)
+        if done >= spec.params["count"]:
+            return Result(values={"done": done})
+        while not ctx.should_stop():
+            time.sleep(0.02)
+        if not spec.params.get("idle"):
+            ctx.checkpoint(lambda folder: (folder / "n.txt").write_text(str(done)))
 
     def deaf(spec, ctx):
         time.sleep(spec.params["seconds"])
@@ -183,6 +195,32 @@ def test_time_limit_stops_with_the_checkpoint_kept(world: World) -> None:
     assert (world.home.job(job.id).state / "checkpoint-000001" / "rank-0" / "state.txt").exists()
 
 
+def test_a_long_training_is_a_chain_of_attempts_within_the_limit(world: World) -> None:
+    [job] = world.work(world.submit("count", params={"count": 3}, time_limit="1s", continuations=2))
+    assert (job.state, job.attempt, world.result(job)["values"]) == (JobState.SUCCEEDED, 3, {"done": 3})
+    reasons = [event.reason for event in world.queue.events(job_id=job.id)]
+    assert reasons.count("continued") == 2
+
+
+def test_a_chain_ends_with_its_last_link_or_where_one_gets_no_further(world: World) -> None:
+    [job] = world.work(world.submit("count", params={"count": 9}, time_limit="1s", continuations=1))
+    assert (job.state, job.attempt) == (JobState.TIMED_OUT, 2)
+    idle = world.submit("count", params={"count": 9, "idle": True}, time_limit="1s", continuations=5)
+    [job] = world.work(idle)
+    assert (job.state, job.attempt) == (JobState.TIMED_OUT, 1)
+
+
+def test_an_operator_preempts_and_it_goes_on_from_its_checkpoint(world: World) -> None:
+    [job] = world.work(world.submit("count", params={"count": 2}), until=running)
+    operator = JobService(world.queue, Caller("root", True), world.executor.nodes)
+    with pytest.raises(PermissionDeniedError):
+        JobService(world.queue, Caller("kari", False), world.executor.nodes).preempt(job.id)
+    assert operator.preempt(job.id).state is JobState.PREEMPTING
+    [job] = world.work(job)
+    assert (job.state, job.attempt, world.result(job)["values"]) == (JobState.SUCCEEDED, 2, {"done": 2})
+    assert "losses" not in job.detail
+
+
 def test_interrupt_holds_what_runs(world: World) -> None:
     [job] = world.work(world.submit("sleep"), until=running)
     world.controller.interrupt(grace_s=5)
@@ -293,6 +331,19 @@ def test_an_attempt_that_is_gone_is_queued_again_with_a_pause_and_then_failed(fa
             assert job.state is JobState.QUEUED and job.reason == "attempt-lost"
             assert job.detail["not_before"] > 0 and "grants" not in job.detail
     assert job.state is JobState.FAILED and "2 times in a row" in job.detail["sentence"]
+
+
+def test_what_was_lost_with_its_node_has_its_own_budget_and_words(fake: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = fake.submit("squares", retries=0)
+    attempt = start(fake, job)
+    fake.work(job, until=running)
+    monkeypatch.setattr(fake.executor, "nodes", lambda: ())
+    fake.executor.alive[attempt.name] = Liveness.GONE
+    [job] = fake.work(job, until=lambda jobs: not running(jobs))
+    assert (job.state, job.reason) == (JobState.QUEUED, "node-lost")
+    monkeypatch.undo()
+    said = JobService(fake.queue, Caller("kari", False), fake.executor.nodes).why(job.id)
+    assert said.code == "back-off" and "node that it ran on is gone" in said.sentence and "1 of 20" in said.sentence
 
 
 def test_an_engine_that_cannot_be_asked_keeps_the_reservation(fake: World) -> None:
