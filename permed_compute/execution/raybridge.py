@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from permed_compute.errors import EngineError
+from permed_compute.paths import AttemptPaths
 
 Row = dict[str, Any]
 
@@ -117,16 +118,23 @@ class _Speaker:
         )
 
     def launch(self, name: str, root: str, bundles: list[Row], engine: Row) -> None:
-        """Group and actor, each unless it is there: launching again finds them, and mends a launch cut in two."""
+        """Group, members and actor, each unless it is there: launching again finds them, and mends a launch cut in two.
+
+        The members are hired here, so that their processes start beside the actor's and not after it.
+        """
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+        from permed_compute.execution.port import Attempt
         from permed_compute.execution.processes import ATTEMPT_MARK
-        from permed_compute.execution.raycrew import AttemptActor
+        from permed_compute.execution.raycrew import AttemptActor, hire_all
 
         if name in self._actors():
             return
         group = self._group(name) or placement_group(bundles, strategy="PACK", name=name, lifetime="detached")
+        attempt = Attempt.read(AttemptPaths(Path(root)))
+        if attempt is not None:
+            hire_all(attempt, group)
         # In the group but on none of its CPUs: those are the members', and what they start below them.
         self.ray.remote(AttemptActor).options(
             name=name, lifetime="detached", get_if_exists=True, max_restarts=0, num_cpus=0, max_concurrency=4,
@@ -160,7 +168,8 @@ class _Speaker:
         return str(self.ray.__version__)
 
     def _actors(self) -> list[str]:
-        return [name for name in self.ray.util.list_named_actors() if isinstance(name, str)]
+        """Names of attempts, without their members'."""
+        return [name for name in self.ray.util.list_named_actors() if isinstance(name, str) and "/" not in name]
 
     def _group(self, name: str) -> Any | None:
         try:

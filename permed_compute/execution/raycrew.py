@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import get_placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, get_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from permed_compute.errors import EngineError, PermedError
@@ -24,12 +24,16 @@ from permed_compute.execution.driver import drive
 from permed_compute.execution.gang import TERMINATION
 from permed_compute.execution.port import Attempt
 from permed_compute.execution.processes import ATTEMPT_MARK
+from permed_compute.execution.records import last_sign
 from permed_compute.execution.watchdog import Watchdog
 from permed_compute.execution.worker import Member, Row, WorkerLost
 from permed_compute.paths import AttemptPaths, read_json, write_json
 from permed_compute.queue.port import wall_clock
 
 LOCAL_NODE = "local"
+_BEAT_S = 2.0
+_ORPHANED_S = 60.0
+"""A member ends itself when its attempt has shown no sign of life (one every 2 s) for so long."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -42,7 +46,6 @@ class AttemptActor:
         processes.adopt_orphans()
         processes.pin(os.getpid(), _cores(self._paths) or os.sched_getaffinity(0))
         self._name = ""
-        # The members begin to start now, while the driver is still reading what there is to do.
         attempt = Attempt.read(self._paths)
         self._crew = RayCrew(attempt) if attempt is not None else None
         self._name = attempt.name if attempt is not None else ""
@@ -78,6 +81,7 @@ class MemberActor:
             TERMINATION.listen()
         address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._member = Member(root, slot, isolated=True, dask_get=_dask_get(cpus), gpu_env=gpus, address=address)
+        threading.Thread(target=_end_when_orphaned, args=(paths.root,), name="permed-orphan", daemon=True).start()
 
     def call(self, name: str, row: Row) -> Row:
         answer: Row = getattr(self._member, name)(row)
@@ -94,7 +98,7 @@ class RayCrew:
         self._watchdog = Watchdog(
             attempt.name, [grant.memory for grant in attempt.grants], _cores(attempt.paths), self._driver_over
         )
-        self._members = [self._hire(slot) for slot in range(self.size)]
+        self._members = [self._hired(slot) for slot in range(self.size)]
         self._watchdog.start()
 
     def start(self, slot: int, call: str, row: Row) -> Future[Row]:
@@ -119,21 +123,15 @@ class RayCrew:
         for member in self._members:
             ray.kill(member)
 
+    def _hired(self, slot: int) -> Any:
+        """The member that was hired with the attempt, or a new one where that was cut short."""
+        try:
+            return ray.get_actor(_member_name(self._attempt.name, slot))
+        except ValueError:
+            return self._hire(slot)
+
     def _hire(self, slot: int) -> Any:
-        grant = self._attempt.grants[slot]
-        threads = str(max(1, grant.cpu_milli // 1000))
-        variables = {ATTEMPT_MARK: f"{self._attempt.name}/{slot}"} | dict.fromkeys(_THREAD_VARIABLES, threads)
-        if grant.flavor == "cpu":
-            variables["CUDA_VISIBLE_DEVICES"] = ""
-        elif grant.node == LOCAL_NODE:
-            variables["CUDA_VISIBLE_DEVICES"] = device.visible(grant.devices)
-        where = PlacementGroupSchedulingStrategy(self._group, slot, placement_group_capture_child_tasks=True)
-        # On no CPU of its bundle: those are for what it starts in Ray, e.g. by Dask, which would else wait for ever.
-        actor = ray.remote(MemberActor).options(
-            num_cpus=0, max_restarts=0, max_concurrency=3, scheduling_strategy=where,
-            runtime_env={"env_vars": variables},
-        )  # fmt: skip
-        return actor.remote(str(self._attempt.paths.root), slot)
+        return hire(self._attempt, slot, self._group)
 
     def _hand_over(self, slot: int, done: Future[Row], outer: Future[Row]) -> None:
         error = done.exception()
@@ -151,6 +149,44 @@ class RayCrew:
         record = {"outcome": "FAILED", "reason": why.code, "sentence": why.message, "remedy": why.remedy}
         write_json(self._attempt.paths.exit, {**record, "at": wall_clock()})
         os._exit(1)  # the members die with their owner; `end` looks for the rest
+
+
+def hire_all(attempt: Attempt, group: PlacementGroup) -> None:
+    """All members, named: they start while the attempt's actor does, which finds them by name. Twice is as once."""
+    for slot in range(len(attempt.grants)):
+        hire(attempt, slot, group, name=_member_name(attempt.name, slot), lifetime="detached", get_if_exists=True)
+
+
+def hire(attempt: Attempt, slot: int, group: PlacementGroup, **options: Any) -> Any:
+    """A member in that slot's bundle. One that is named outlives who hired it, and goes with the attempt's group."""
+    grant = attempt.grants[slot]
+    threads = str(max(1, grant.cpu_milli // 1000))
+    variables = {ATTEMPT_MARK: f"{attempt.name}/{slot}"} | dict.fromkeys(_THREAD_VARIABLES, threads)
+    if grant.flavor == "cpu":
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    elif grant.node == LOCAL_NODE:
+        variables["CUDA_VISIBLE_DEVICES"] = device.visible(grant.devices)
+    where = PlacementGroupSchedulingStrategy(group, slot, placement_group_capture_child_tasks=True)
+    # On no CPU of its bundle: those are for what it starts in Ray, e.g. by Dask, which would else wait for ever.
+    actor = ray.remote(MemberActor).options(
+        num_cpus=0, max_restarts=0, max_concurrency=3, scheduling_strategy=where, runtime_env={"env_vars": variables},
+        **options,
+    )  # fmt: skip
+    return actor.remote(str(attempt.paths.root), slot)
+
+
+def _member_name(attempt: str, slot: int) -> str:
+    return f"{attempt}/{slot}"
+
+
+def _end_when_orphaned(root: Path) -> None:
+    """End this process when nobody drives the attempt any more. The clock stands still while the machine sleeps."""
+    sign, since = 0, time.monotonic()
+    while time.monotonic() - since < _ORPHANED_S:
+        time.sleep(_BEAT_S)
+        if (newest := last_sign(root)) != sign:
+            sign, since = newest, time.monotonic()
+    os._exit(1)
 
 
 def _loss(slot: int, error: BaseException) -> WorkerLost:

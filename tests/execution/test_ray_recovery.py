@@ -294,3 +294,22 @@ def test_a_ray_that_is_given_by_address(
     assert executor.end(attempt)
     executor.close()
     assert living(ray_executor).lives()  # it is not ours to stop
+
+
+ORPHAN = """
+import sys, threading, time
+from pathlib import Path
+from permed_compute.execution import raycrew
+raycrew._BEAT_S, raycrew._ORPHANED_S = 0.05, 1.0
+threading.Thread(target=raycrew._end_when_orphaned, args=(Path(sys.argv[1]),), daemon=True).start()
+for _ in range(int(sys.argv[2])):
+    time.sleep(0.1)
+    (Path(sys.argv[1]) / "records-driver.jsonl").touch()
+time.sleep(3 if sys.argv[2] == "0" else 0)
+"""
+
+
+@pytest.mark.parametrize(("beats", "code"), [(20, 0), (0, 1)])
+def test_a_member_ends_itself_when_nobody_drives_it_any_more(tmp_path: Path, beats: int, code: int) -> None:
+    ended = subprocess.run([sys.executable, "-c", ORPHAN, str(tmp_path), str(beats)], check=False, timeout=60)
+    assert ended.returncode == code
