@@ -108,17 +108,15 @@ def sheared(array: np.ndarray, shift: np.ndarray, padding: float | None) -> tupl
 
 
 def even(array: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, float]:
-    """Slices at one gap, linear between those at `at` (mm, ascending from 0); and the gap: the smallest that was, or
-    what doubles the slices where that is larger."""
+    """Slices at one gap from the first to the last, linear between those at `at` (mm, ascending from 0); and the gap:
+    the smallest that was or a little less, or what doubles the slices where that is larger."""
     at = at.astype(np.float32)
     gaps = np.diff(at)
     gap = np.float32(gaps.min())
     if gaps.max() - gap <= max(geometry.GAP_ABSOLUTE_MM, geometry.GAP_RELATIVE * float(np.median(gaps))):
         return array, float(at[-1]) / (len(at) - 1)
-    count = int(np.ceil((at[-1] - 0.5 * (at[-1] - at[-2])) / gap))
-    if count > MOST_TIMES * len(at):
-        count = MOST_TIMES * len(at)
-        gap = np.float32(at[-1] / (count - 1))
+    count = min(int(np.ceil(at[-1] / gap - 1e-3)) + 1, MOST_TIMES * len(at))
+    gap = np.float32(at[-1] / (count - 1))
     out = np.empty((*array.shape[:2], count), array.dtype)
     for k in range(count):
         place = np.float32(k) * gap
