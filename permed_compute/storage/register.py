@@ -1,7 +1,8 @@
 """A frequency register's folder: its releases, who was counted in each, and a chain of audit entries.
 
     <register>/releases/0001/public/     what may leave: frequencies.parquet, beacon.jsonl.gz, release.json
-    <register>/releases/0001/private/    members.json: pseudonyms by population, for the next release's checks
+    <register>/releases/0001/private/    members.json, aside.json: who was counted and who was not, by pseudonym, for
+                                         the next release's checks
     <register>/audit.jsonl               one line a release, each with the digest of the line before
 
 A release is made elsewhere and renamed into place; its number is the next. The whole folder has mode 0700.
@@ -40,9 +41,17 @@ class Release:
 
     @property
     def members(self) -> dict[str, frozenset[str]]:
-        """Pseudonyms by population."""
-        found = read_json(self.folder / "private" / "members.json") or {}
-        return {name: frozenset(people) for name, people in found.items()}
+        """Pseudonyms of the people counted, by population."""
+        return self._people("members.json")
+
+    @property
+    def aside(self) -> dict[str, frozenset[str]]:
+        """Those of the populations who were not counted."""
+        return self._people("aside.json")
+
+    def _people(self, name: str) -> dict[str, frozenset[str]]:
+        found = read_json(self.folder / "private" / name) or {}
+        return {population: frozenset(people) for population, people in found.items()}
 
 
 class Register:

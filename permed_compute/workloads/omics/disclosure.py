@@ -9,9 +9,11 @@ a small number where AC is not. Rules, each of which depends on published things
 3. *Complementary.* The total over populations is published only where no population's cell is withheld: else the
    withheld cells' sum would follow from it. (Withholding a second cell instead leaks: who knows the rule, and that the
    second is the smallest published one, narrows both down. `tests/workloads/omics/test_disclosure.py` shows it.)
-4. *Differencing.* Against each earlier release: where between 1 and `least_change` − 1 people joined or left a
-   population, nothing is released; and a cell whose AC or REF count moved by 1 … 2k alleles since an earlier release
-   that published it is withheld.
+4. *Differencing.* Every release counts a part of the people only: some are set aside, by chance, and who is told
+   nowhere. Where somebody left or joined, at least `exchange` people leave the count and as many come in, further ones
+   by chance. So a count that did not move says nothing about who left: those who came in may have made up for it. (If
+   people only left, an unchanged count would tell that none of them carries the allele.) A cell that moved so far that
+   the alleles of those who left, or of those who came, are known within 2k is withheld.
 5. *Rounding*, where the policy says so, of AC and AN; rule 4 then looks at what was published.
 
 Not covered: somebody who holds a person's genome can tell from very many exact frequencies whether that person is
@@ -20,6 +22,9 @@ among the people counted (Homer 2008). Restrict who reads the register, or round
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,13 +36,17 @@ from permed_compute.workloads.omics.counting import AlleleCounts
 @dataclass(frozen=True, slots=True)
 class Policy:
     """k: at most so many carriers are withheld. rounding: AC and AN to multiples, 1 = exact. least_people: of a
-    population. least_change: joined and left together, between two releases, unless nobody did."""
+    population. exchange: so many leave and so many come in, at least, between two releases that differ; more than k."""
 
     name: str
     k: int
     rounding: int = 1
     least_people: int = 50
-    least_change: int = 20
+    exchange: int = 10
+
+    def aside(self, people: int) -> int:
+        """How many of a population are not counted: enough for two exchanges, and five in a hundred."""
+        return max(2 * self.exchange, math.ceil(people / 20))
 
 
 PRESETS = {
@@ -45,7 +54,7 @@ PRESETS = {
     "k5": Policy("k5", 5),
     # At most seven, and rounding to fives, as some Nordic statistics agencies publish small areas.
     "k7-rounded": Policy("k7-rounded", 7, rounding=5),
-    "k10": Policy("k10", 10, least_people=100, least_change=40),
+    "k10": Policy("k10", 10, least_people=100, exchange=20),
 }
 
 
@@ -82,29 +91,59 @@ def _shown(ac: np.ndarray, an: np.ndarray, open_cells: np.ndarray, rounding: int
     return Published(*(np.where(shown, value, -1) for value in values))
 
 
-def withhold_differences(new: Published, earlier: Published, policy: Policy) -> tuple[Published, int]:
-    """Rule 4 for one earlier release whose rows are in the same order (-1 where it had none): (new, cells withheld)."""
-    both = (new.an >= 0) & (earlier.an >= 0)
-    alt = np.abs(new.ac - earlier.ac)
-    ref = np.abs((new.an - new.ac) - (earlier.an - earlier.ac))
-    limit = 2 * policy.k
-    small = both & (((alt > 0) & (alt <= limit)) | ((ref > 0) & (ref <= limit)))
-    # A total that moved little gives nothing away that its cells do not; a withheld cell takes the total with it.
-    populations = small[:, :-1]
-    gone = np.column_stack([populations, populations.any(axis=1)])
+def withhold_differences(
+    new: Published, earlier: Published, left: np.ndarray, joined: np.ndarray, policy: Policy
+) -> tuple[Published, int]:
+    """Rule 4 for one earlier release whose rows are in the same order (-1 where it had none): (new, cells withheld).
+
+    left, joined: (variants, populations) int64, how many alleles those have, at most, who left the count since then,
+    and who came into it.
+    """
+    both = ((new.an >= 0) & (earlier.an >= 0))[:, :-1]
+    called = (new.an - earlier.an)[:, :-1]
+    came = np.minimum(joined, left + called)  # where all who left were called; fewer, where AN moved otherwise
+    went = came - called
+    close = np.zeros_like(both)
+    for before, now in ((earlier.ac, new.ac), (earlier.an - earlier.ac, new.an - new.ac)):
+        moved = (now - before)[:, :-1]
+        # What left is between these two: those who came in have between none and all of their alleles.
+        least, most = np.maximum(0, -moved), np.minimum(went, came - moved)
+        close |= most - least < 2 * policy.k
+    close &= both & (left + joined > 0)
+    # Withheld before and shown now: those who came in must be able to carry all of it, else those who stayed did, and
+    # that the cell was withheld tells of those who left.
+    opened = ((new.an >= 0) & (earlier.an < 0))[:, :-1]
+    close |= opened & (np.minimum(new.ac, new.an - new.ac)[:, :-1] > joined)
+    gone = np.column_stack([close, close.any(axis=1)])  # a withheld cell takes the total with it
     withheld = gone & (new.an >= 0)
     return Published(np.where(gone, -1, new.ac), np.where(gone, -1, new.an)), int(withheld.sum())
 
 
-def changes_allowed(now: dict[str, frozenset[str]], before: dict[str, frozenset[str]], policy: Policy) -> list[str]:
-    """Populations in which too few people joined or left since an earlier release: a reason not to release."""
-    everybody_now = frozenset().union(*now.values())
-    everybody_before = frozenset().union(*before.values())
-    moved = {
-        name: len(now.get(name, frozenset()) ^ before.get(name, frozenset())) for name in now.keys() | before.keys()
-    }
-    moved["all"] = len(everybody_now ^ everybody_before)
-    return sorted(name for name, count in moved.items() if 0 < count < policy.least_change)
+def first_count(people: frozenset[str], policy: Policy, chance: random.Random) -> frozenset[str]:
+    """Who of a population is counted in a register's first release."""
+    return people - _some(people, min(len(people), policy.aside(len(people))), chance)
+
+
+def next_count(
+    people: frozenset[str], before: frozenset[str], policy: Policy, chance: random.Random
+) -> frozenset[str] | None:
+    """Who is counted where `before` were and somebody left or joined; None where too few are left to exchange."""
+    left = before - people
+    out = policy.exchange + len(left)
+    fresh = people - before
+    into = max(policy.exchange, len(people) - policy.aside(len(people)) - len(before) + out)
+    if into > len(fresh) or policy.exchange > len(before - left):
+        return None
+    return (before - left - _some(before - left, policy.exchange, chance)) | _some(fresh, into, chance)
+
+
+def _some(people: Iterable[str], count: int, chance: random.Random) -> frozenset[str]:
+    return frozenset(chance.sample(sorted(people), count))
+
+
+def apart(now: frozenset[str], before: frozenset[str], policy: Policy) -> bool:
+    """Whether two counts of a population may both be published: of the same people, or of enough others both ways."""
+    return now == before or min(len(now - before), len(before - now)) >= policy.exchange
 
 
 def preset(name: str) -> Policy:

@@ -6,7 +6,7 @@ line: these people are counted nowhere any more). The rules stand in `disclosure
 `params` of the job:
     register      the register's folder; made where it is not there. Only its owner may read it
     policy        k5       k5: at most 5 carriers withheld; k7-rounded; k10
-    pad           true     where fewer people left than two releases may differ by, set further ones aside by chance
+    pad           true     where few people left or joined, exchange further ones by chance; false: refuse
 
 Results: `frequencies.parquet` (chrom, pos, ref, alt, population, ac, an, af), `beacon.jsonl.gz` (a line a variant:
 Beacon v2 `frequencyInPopulations`), `release.json`; the same in the register, with the release's audit entry.
@@ -40,6 +40,8 @@ from permed_compute.workloads.port import Context, DonePart, Map, Part, PartResu
 
 VERSION = "1"
 TOTAL = "TOTAL"
+_TURNS = 20
+"""Draws before a population is called too small to exchange people with every earlier release."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +62,43 @@ class Params:
 # ------------------------------------------------------------------------------------------------ who is counted
 
 
-def members_of(spec: JobSpec, store: GenotypeStore, ctx: Context) -> dict[str, list[int]]:
-    """Indices of samples by population, the withdrawn left out, some more set aside where the rules want it.
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Who is counted and who is set aside, by population: indices of samples."""
 
-    Raises `RefusedInput` DIFFERENCING.
+    counted: Mapping[str, list[int]]
+    aside: Mapping[str, list[int]]
+
+    def digest(self, samples: int) -> str:
+        groups = np.full(samples, -1, np.int16)
+        for number, people in enumerate(self.counted.values()):
+            groups[people] = number
+        return hashlib.sha256(groups.tobytes()).hexdigest()
+
+
+def count_of(spec: JobSpec, store: GenotypeStore, ctx: Context) -> Count:
+    """The people of the job's populations, the withdrawn left out; a part of them is counted (`disclosure`, rule 4).
+
+    Who is set aside is told nowhere. The chance is drawn from the home's key, so that a job that is run again counts
+    the same people. Raises `RefusedInput` DIFFERENCING.
     """
     params = Params.of(spec.params)
+    policy = disclosure.preset(params.policy)
+    found = _populations(spec, store, ctx)
+    releases = Register(Path(params.register)).releases()
+    for release in releases:
+        _check_series(release, policy, found)
+    place = {str(name): k for k, name in enumerate(store.sample_id)}
+    counted, aside = {}, {}
+    for name, people in found.items():
+        mine = _counted(name, people, releases, policy, ctx, pad=params.pad)
+        counted[name] = sorted(place[person] for person in mine)
+        aside[name] = sorted(place[person] for person in people - mine)
+    return Count(counted, aside)
+
+
+def _populations(spec: JobSpec, store: GenotypeStore, ctx: Context) -> dict[str, frozenset[str]]:
+    """Pseudonyms by population, in the order of the names."""
     files = inputs_of(spec, "populations")
     if not files:
         raise refuse("TABLE_UNREADABLE", "The job names no input `populations`.")
@@ -73,20 +106,42 @@ def members_of(spec: JobSpec, store: GenotypeStore, ctx: Context) -> dict[str, l
     if "POPULATION" not in table.columns:
         raise refuse("COLUMN_ABSENT", "The table of populations has no column POPULATION.")
     gone = _withdrawn(spec, ctx)
-    found: dict[str, list[int]] = {}
+    found: dict[str, set[str]] = {}
     for k, name in enumerate(table.columns["POPULATION"]):
         if name and name != "NA" and store.sample_id[k] not in gone:
             if name == TOTAL:
                 raise refuse("TABLE_UNREADABLE", f"A population may not be called {TOTAL}.")
-            found.setdefault(name, []).append(k)
-    members = {name: found[name] for name in sorted(found)}
-    policy = disclosure.preset(params.policy)
-    for release in Register(Path(params.register)).releases():
-        _check_series(release, policy, members)
-        members = _apart(members, release, policy, store, ctx, pad=params.pad)
-    for release in Register(Path(params.register)).releases():
-        _apart(members, release, policy, store, ctx, pad=False)  # what was set aside for one may not undo another
-    return members
+            found.setdefault(name, set()).add(str(store.sample_id[k]))
+    return {name: frozenset(found[name]) for name in sorted(found)}
+
+
+def _counted(
+    name: str, people: frozenset[str], releases: Sequence[Release], policy: Policy, ctx: Context, *, pad: bool
+) -> frozenset[str]:
+    if not releases:
+        return disclosure.first_count(people, policy, random.Random(ctx.pseudonym(f"count-{name}-{_told(people)}")))
+    before, known = releases[-1].members[name], releases[-1].members[name] | releases[-1].aside[name]
+    if before <= people <= known:
+        return before  # nobody left who was counted, and nobody is new
+    if not pad and not disclosure.apart(people - (known - before), before, policy):
+        raise refuse(
+            "DIFFERENCING",
+            f"Fewer than {policy.exchange} people left or joined a population since release {releases[-1].number}: the"
+            " difference would tell of them.",
+            remedy="Wait for more changes, or write `params: {pad: true}`: further people are exchanged by chance.",
+        )  # fmt: skip
+    for turn in range(_TURNS):
+        chance = random.Random(ctx.pseudonym(f"count-{name}-{releases[-1].facts['digest']}-{turn}-{_told(people)}"))
+        mine = disclosure.next_count(people, before, policy, chance) if pad else people - (known - before)
+        if mine is not None and all(disclosure.apart(mine, release.members[name], policy) for release in releases):
+            return mine
+    raise refuse(
+        "DIFFERENCING", "A population is too small to hide who left it or joined.", remedy="Wait for more changes."
+    )
+
+
+def _told(people: frozenset[str]) -> str:
+    return hashlib.sha256("".join(sorted(people)).encode()).hexdigest()
 
 
 def _withdrawn(spec: JobSpec, ctx: Context) -> set[str]:
@@ -110,52 +165,12 @@ def _check_series(release: Release, policy: Policy, members: Mapping[str, Any]) 
         )  # fmt: skip
 
 
-def _apart(
-    members: dict[str, list[int]], release: Release, policy: Policy, store: GenotypeStore, ctx: Context, *, pad: bool
-) -> dict[str, list[int]]:
-    """Differ from an earlier release by nobody or by enough people: further ones are set aside by chance.
-
-    Who they are is told nowhere; the chance is drawn from the home's key and the release, so that a job that is run
-    again sets the same people aside.
-    """
-    now = {name: frozenset(str(store.sample_id[k]) for k in people) for name, people in members.items()}
-    close = disclosure.changes_allowed(now, release.members, policy)
-    if not close:
-        return members
-    if not pad:
-        raise refuse(
-            "DIFFERENCING",
-            f"Fewer than {policy.least_change} people joined or left since release {release.number}"
-            f" in {len(close)} populations: the difference would tell of them.",
-            remedy="Wait for more changes, or write `params: {pad: true}`: further people are set aside by chance.",
-            populations=len(close),
-        )  # fmt: skip
-    chance = random.Random(ctx.pseudonym(f"padding-{release.facts['digest']}"))
-    made = {}
-    for name, people in members.items():
-        before = release.members.get(name, frozenset())
-        moved = len(now[name] ^ before)
-        spare = sorted(k for k in people if str(store.sample_id[k]) in before)
-        wanted = policy.least_change - moved if 0 < moved < policy.least_change else 0
-        if wanted > len(spare):
-            raise refuse(
-                "DIFFERENCING", "A population is too small to hide who left it.", remedy="Wait for more changes."
-            )
-        aside = set(chance.sample(spare, wanted))
-        made[name] = [k for k in people if k not in aside]
-    return made
-
-
 # ------------------------------------------------------------------------------------------------ plan, run
 
 
 def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part]:
     store = open_store(spec)
-    members = members_of(spec, store, ctx)
-    groups = np.full(store.samples, -1, np.int16)
-    for number, people in enumerate(members.values()):
-        groups[people] = number
-    about = hashlib.sha256(groups.tobytes()).hexdigest()
+    about = count_of(spec, store, ctx).digest(store.samples)
     header = [ctx.digest(file) for file in store.header_files()]
     return [
         Part(
@@ -170,7 +185,7 @@ def load_model(spec: JobSpec, ctx: Context) -> list[np.ndarray]:
     """A bool array over the samples for each population."""
     store = open_store(spec)
     masks = []
-    for people in members_of(spec, store, ctx).values():
+    for people in count_of(spec, store, ctx).counted.values():
         mask = np.zeros(store.samples, bool)
         mask[people] = True
         masks.append(mask)
@@ -210,14 +225,22 @@ def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) 
         raise refuse("RELEASE_INCOMPLETE", f"{store.layout.parts - len(done)} blocks could not be counted: no release.")
     register = Register(Path(params.register))
     with register.turn():
-        members = members_of(ctx.spec, store, ctx)
+        count = count_of(ctx.spec, store, ctx)
+        if any(item.part.params["groups"] != count.digest(store.samples) for item in done):
+            raise refuse(
+                "RELEASE_OVERTAKEN", "Another release was added while these people were counted.",
+                remedy="Submit the job again.",
+            )  # fmt: skip
+        members = count.counted
         tables = [np.load(item.folder / "published.npz") for item in done]
         new = Published(*(np.concatenate([table[name] for table in tables]) for name in ("ac", "an")))
         names = [*members, TOTAL]
         withheld = 0
         for release in register.releases():
-            new, count = disclosure.withhold_differences(new, earlier_counts(release, store, names), policy)
-            withheld += count
+            earlier = earlier_counts(release, store, names)
+            moved = _moved(release, store, members, policy)
+            new, cells = disclosure.withhold_differences(new, earlier, *moved, policy)
+            withheld += cells
         facts = _facts(ctx, store, members, new, policy, withheld)
         made = ctx.scratch / "release"
         (made / "public").mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -225,15 +248,38 @@ def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) 
         pq.write_table(_table(store, new, names), made / "public" / "frequencies.parquet", compression="zstd")
         _write_beacon(made / "public" / "beacon.jsonl.gz", store, new, names, facts)
         write_json(made / "public" / "release.json", facts)
-        write_json(
-            made / "private" / "members.json",
-            {name: [str(store.sample_id[k]) for k in people] for name, people in members.items()},
-        )
+        for file, groups in (("members.json", count.counted), ("aside.json", count.aside)):
+            told = {name: [str(store.sample_id[k]) for k in people] for name, people in groups.items()}
+            write_json(made / "private" / file, told)
         release = register.add(made, facts)
     for name in ("frequencies.parquet", "beacon.jsonl.gz", "release.json"):
         ctx.log_artifact(release.folder / "public" / name, name)
     values = {"release": release.number, **{name: facts[name] for name in ("people", "variants", "cells", "withheld")}}
     return Result(values=values, metrics={"variants": float(facts["variants"])})
+
+
+def _moved(
+    release: Release, store: GenotypeStore, members: Mapping[str, Sequence[int]], policy: Policy
+) -> tuple[np.ndarray, np.ndarray]:
+    """(variants, populations) each: alleles, at most, of those who left a population's count since a release, and of
+    those who came into it. Of a population that was withheld for its size that release told nothing: all came."""
+    kind = counting.kind_of([store.contigs[k] for k in store.contig()], store.position(), store.build)
+    sex = dict(zip(map(str, store.sample_id), store.sex.tolist(), strict=True))
+    left, joined = [], []
+    for name, people in members.items():
+        now = {str(store.sample_id[k]) for k in people}
+        before = release.members[name]
+        before = before if len(before) >= policy.least_people else frozenset()
+        left.append(_alleles(before - now, sex)[kind])
+        joined.append(_alleles(now - before, sex)[kind])
+    return np.stack(left, axis=1), np.stack(joined, axis=1)
+
+
+def _alleles(people: set[str] | frozenset[str], sex: Mapping[str, int]) -> np.ndarray:
+    """By kind of contig (autosome, X, Y, mitochondrion). Who is not in this store any more may be a man or a woman."""
+    men = sum(sex.get(person) == 1 for person in people)
+    women = sum(sex.get(person, 1) != 1 for person in people)
+    return np.array([2 * len(people), len(people) + women, men, len(people)])
 
 
 def _facts(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,13 +15,14 @@ import pytest
 
 from permed_compute.errors import AuditError, RefusedInput
 from permed_compute.storage.register import Register
+from permed_compute.testing.context import LocalContext
 from permed_compute.workloads.omics import disclosure
 from permed_compute.workloads.omics.counting import AlleleCounts
 from permed_compute.workloads.omics.disclosure import PRESETS, Policy, publish, withhold_differences
 
 from .made import job, named, people, store_of, table, write_bed
 
-TOY = Policy("toy", k=2, least_people=1, least_change=4)
+TOY = Policy("toy", k=2, least_people=1, exchange=2)
 
 
 def counted(carriers, size) -> AlleleCounts:
@@ -31,6 +35,13 @@ def counted(carriers, size) -> AlleleCounts:
 
 def released(cells, size, policy=TOY):
     return publish([counted([c], size) for c in cells], [size] * len(cells), policy)
+
+
+def tallied(worlds: np.ndarray) -> AlleleCounts:
+    """Of (worlds, people) genotypes, 3 missing: a row for each world."""
+    het, hom_ref, hom_alt, missing = ((worlds == code).sum(axis=1) for code in (1, 0, 2, 3))
+    called = worlds.shape[1] - missing
+    return AlleleCounts(het + 2 * hom_alt, 2 * called, het + hom_alt, het + hom_ref, het, hom_ref, hom_alt, missing)
 
 
 @pytest.mark.parametrize("policy", [TOY, Policy("toy-rounded", k=2, rounding=3, least_people=1)])
@@ -47,6 +58,22 @@ def test_brute_force_recovers_no_withheld_cell(policy):
         for population in np.flatnonzero(~shown):
             possible = {cells[population] for cells in alike}
             assert possible >= set(range(policy.k + 1)), (alike[0], population)
+
+
+@pytest.mark.parametrize("policy", [Policy("toy", k=1, least_people=1), Policy("toy", k=1, rounding=3, least_people=1)])
+def test_brute_force_over_every_genotype_of_two_populations(policy):
+    """Four and three people, each with none, one or two copies or missing: all worlds, grouped by what is shown."""
+    worlds = np.array(list(itertools.product(range(4), repeat=7)), np.int8)
+    cells = [tallied(worlds[:, :4]), tallied(worlds[:, 4:])]
+    made = publish(cells, [4, 3], policy)
+    _, group = np.unique(np.hstack([made.ac, made.an]), axis=0, return_inverse=True)
+    for number, cell in enumerate(cells):
+        hidden = made.an[:, number] < 0
+        for shown in np.unique(group[hidden]):
+            alike = group.reshape(-1) == shown
+            for possible in (cell.carriers[alike], cell.ref_carriers[alike]):
+                assert set(possible.tolist()) >= {0, 1, 2}
+            assert len(set(cell.ac[alike].tolist())) > 2 and len(set(cell.an[alike].tolist())) > 2
 
 
 def test_withholding_a_second_cell_with_the_total_shown_would_leak():
@@ -69,16 +96,90 @@ def test_withholding_a_second_cell_with_the_total_shown_would_leak():
     assert narrowed
 
 
-def test_two_releases_do_not_tell_who_left():
-    """Cells before and after some left: what both show never differs by what few people carry."""
-    for before, after in itertools.product(range(9), repeat=2):
-        old, new = released([before, 8], 8), released([after, 8], 8)
-        new, _ = withhold_differences(new, old, TOY)
-        if new.an[0, 0] >= 0 and old.an[0, 0] >= 0:
-            moved = abs(int(new.ac[0, 0] - old.ac[0, 0]))
-            assert moved == 0 or moved > 2 * TOY.k
-        if (new.an[0, :2] < 0).any():
-            assert new.an[0, 2] < 0
+@dataclass(frozen=True)
+class Toy(Policy):
+    few: int = 4
+
+    def aside(self, people: int) -> int:
+        return self.few
+
+
+def series(policy: Policy, people: int, known: str) -> set[tuple[frozenset[str], frozenset[str]]]:
+    """Every pair of counts that chance may give two releases: person 0 has left after the first, or joined."""
+    everybody = frozenset(map(str, range(people)))
+    first, second = (everybody, everybody - {"0"}) if known == "left" else (everybody - {"0"}, everybody)
+    found = set()
+    for one in {disclosure.first_count(first, policy, random.Random(seed)) for seed in range(1000)}:
+        for two in {disclosure.next_count(second, one, policy, random.Random(seed)) for seed in range(200)}:
+            assert two is not None and disclosure.apart(two, one, policy)
+            if "0" in (one if known == "left" else two):  # the worst case: the attacker knows that they are counted
+                found.add((one, two))
+    return found
+
+
+def attack(worlds: np.ndarray, pairs: Iterable[tuple[frozenset[str], frozenset[str]]], policy: Policy, *, rule4: bool):
+    """What two releases leave possible, by what they show: person 0's genotypes after one release and after both, and
+    the true counts of each withheld cell."""
+    alone: dict[tuple, set[int]] = {}
+    both: dict[tuple, tuple[set[int], tuple[set[int], set[int]]]] = {}
+    for members in pairs:
+        cells = [tallied(worlds[:, sorted(map(int, one))]) for one in members]
+        made = [publish([cell], [len(one)], policy) for cell, one in zip(cells, members, strict=True)]
+        if rule4:
+            moved = [np.full((len(worlds), 1), 2 * len(members[a] - members[1 - a])) for a in (0, 1)]
+            made[1], _ = withhold_differences(made[1], made[0], *moved, policy)
+        shown = np.column_stack([made[0].ac[:, 0], made[0].an[:, 0], made[1].ac[:, 0], made[1].an[:, 0]])
+        order = np.argsort((shown + 1) @ 32 ** np.arange(4), kind="stable")
+        edges = np.flatnonzero(np.any(np.diff(shown[order], axis=0), axis=1)) + 1
+        for alike in np.split(order, edges):
+            row = tuple(shown[alike[0]].tolist())
+            person = set(worlds[alike, 0].tolist())
+            counted = "0" in members[0]
+            alone.setdefault(row[:2] if counted else row[2:], set()).update(person)
+            one, two = both.setdefault(row, (set(), (set(), set())))
+            one |= person
+            for place in (0, 1):
+                two[place].update(cells[place].ac[alike].tolist())
+    return alone, both
+
+
+def gives_away(genotypes: set[int]) -> bool:
+    """It is certain that the person carries the allele, or that they do not."""
+    return not ({0} & genotypes and {1, 2} & genotypes)
+
+
+@pytest.mark.parametrize("known", ["left", "joined"])
+@pytest.mark.parametrize(("people", "aside", "codes"), [(8, 4, 3), (7, 3, 4)])
+def test_two_releases_around_a_known_person_give_nothing_away(people, aside, codes, known):
+    """Every world of genotypes (`codes` 4: missing calls too) and every draw of who is counted. The attacker knows who
+    withdrew (or joined) and that they were counted: what the second release adds decides nothing about them, and no
+    withheld count is determined."""
+    policy = Toy("toy", k=1, least_people=1, exchange=2, few=aside)
+    worlds = np.array(list(itertools.product(range(codes), repeat=people)), np.int8)
+    worlds = worlds[worlds[:, 0] < 3]
+    counted = 0 if known == "left" else 1
+    alone, both = attack(worlds, series(policy, people, known), policy, rule4=True)
+    assert sum(row[0] >= 0 and row[2] >= 0 for row in both) > 3
+    for row, (person, cells) in both.items():
+        if not gives_away(alone[row[:2] if counted == 0 else row[2:]]):
+            assert not gives_away(person), row
+        for place in (0, 1):
+            assert row[2 * place] >= 0 or len(cells[place]) > 1, row
+
+
+def test_a_release_that_people_only_left_would_give_them_away():
+    """Why people are exchanged: the same attack where one withdrew and others were set aside with them. An unchanged
+    count tells that none of them carries the allele."""
+    policy = Policy("toy", k=1, least_people=1, exchange=2)
+    worlds = np.array(list(itertools.product(range(3), repeat=7)), np.int8)
+    everybody = frozenset(map(str, range(7)))
+    pairs = [(everybody, everybody - {"0", *others}) for others in itertools.combinations(map(str, range(1, 7)), 2)]
+    alone, both = attack(worlds, pairs, policy, rule4=False)
+    unchanged = [row for row in both if row[0] == row[2] >= 0]
+    assert len(unchanged) > 2
+    assert all(gives_away(both[row][0]) and not gives_away(alone[row[:2]]) for row in unchanged)
+    _, both = attack(worlds, pairs, policy, rule4=True)
+    assert not [row for row in both if row[0] >= 0 and row[2] >= 0]  # rule 4 withholds them all: nobody came in
 
 
 def test_sums_are_right_where_all_is_shown():
@@ -101,11 +202,19 @@ def test_presets_and_small_populations():
     assert publish([counted([10, 11], 200)], [200], PRESETS["k10"]).ac[:, 0].tolist() == [-1, 11]
 
 
-def test_few_changes_are_found():
-    before = {"a": frozenset("abcdefgh"), "b": frozenset("xyz")}
-    assert disclosure.changes_allowed(before, before, TOY) == []
-    assert disclosure.changes_allowed(before | {"a": frozenset("abcdefg")}, before, TOY) == ["a", "all"]
-    assert disclosure.changes_allowed(before | {"a": frozenset("abcd")}, before, TOY) == []
+def test_who_is_counted():
+    assert all(policy.exchange > policy.k for policy in PRESETS.values())
+    people = frozenset(map(str, range(300)))
+    first = disclosure.first_count(people, PRESETS["k5"], random.Random(1))
+    assert len(first) == 280 and first < people
+    gone = sorted(first)[:3]
+    second = disclosure.next_count(people - set(gone), first, PRESETS["k5"], random.Random(2))
+    assert not second & set(gone) and len(first - second) == 13 and len(second) == 277
+    assert disclosure.apart(second, first, PRESETS["k5"]) and disclosure.apart(first, first, PRESETS["k5"])
+    assert not disclosure.apart(first - {gone[0]}, first, PRESETS["k5"])
+    new = people | {f"new{k}" for k in range(100)}
+    assert len(disclosure.next_count(new, first, PRESETS["k5"], random.Random(3))) == 380
+    assert disclosure.next_count(first, first, PRESETS["k5"], random.Random(3)) is None  # nobody to bring in
 
 
 # ------------------------------------------------------------------------------------------------ the job
@@ -136,15 +245,18 @@ def rows_of(release):
 
 
 def test_a_release_its_sums_and_the_singleton(cohort):
-    copies, release, register, _ = cohort
+    copies, release, register, tmp_path = cohort
     outcome = release(1)
     (made,) = register.releases()
     rows = rows_of(made)
+    ids = [LocalContext(tmp_path / "x", None, seed=0).pseudonym(name) for name in people(300)]
+    members = {name: [ids.index(person) for person in counted] for name, counted in made.members.items()}
+    assert [len(members[name]) for name in "ABC"] == [80] * 3 and not made.members["A"] & made.aside["A"]
     positions = [row[1] for row in table(40)]
     assert not [key for key in rows if key[0] in positions[38:]]
     for v in range(38):
-        for number, name in enumerate("ABC"):
-            mine = copies[v, number::3]
+        for name in "ABC":
+            mine = copies[v, members[name]]
             shown = rows.get((positions[v], name))
             if (mine > 0).sum() > 5 and (mine < 2).sum() > 5:
                 assert (shown["ac"], shown["an"]) == (mine.sum(), 2 * len(mine))
@@ -172,20 +284,36 @@ def test_the_same_job_again_is_the_same_release(cohort):
 def test_one_withdrawal_is_refused_or_hidden_among_others(cohort):
     _, release, register, tmp_path = cohort
     release(1)
+    (first,) = register.releases()
+    context = LocalContext(tmp_path / "x", None, seed=0)
+    counted = next(name for name in people(300) if context.pseudonym(name) in first.members["B"])
     gone = tmp_path / "withdrawn.txt"
-    gone.write_text("person7\n")
+    gone.write_text(counted + "\n")
     with pytest.raises(RefusedInput, match="DIFFERENCING"):
         release(2, named("withdrawn", gone), pad=False)
     release(3, named("withdrawn", gone))
     first, second = register.releases()
-    left = first.members["B"] - second.members["B"]
-    assert len(left) == PRESETS["k5"].least_change and not second.members["B"] - first.members["B"]
+    left, joined = first.members["B"] - second.members["B"], second.members["B"] - first.members["B"]
+    assert context.pseudonym(counted) in left and len(left) == 11 and len(joined) == 10
+    assert context.pseudonym(counted) not in second.members["B"] | second.aside["B"]
+    assert [second.members[name] for name in "AC"] == [first.members[name] for name in "AC"]
     one, two = rows_of(first), rows_of(second)
-    for key in one.keys() & two.keys():
-        for count in (lambda r: r["ac"], lambda r: r["an"] - r["ac"]):
-            moved = abs(count(one[key]) - count(two[key]))
-            assert moved == 0 or moved > 10 or key[1] == "TOTAL", key
+    assert {key for key in one if key[1] in "AC"} == {key for key in two if key[1] in "AC"}
+    assert any(one[key]["ac"] == two[key]["ac"] for key in one.keys() & two.keys() if key[1] == "B")
     assert register.verify() == 2 and [entry["withdrawn"] for entry in register.entries()] == [False, True]
+    release(4, named("withdrawn", gone))
+    assert len(register.releases()) == 2  # the same again
+
+
+def test_a_withdrawal_of_somebody_set_aside_changes_nothing(cohort):
+    _, release, register, tmp_path = cohort
+    release(1)
+    (first,) = register.releases()
+    context = LocalContext(tmp_path / "x", None, seed=0)
+    gone = tmp_path / "withdrawn.txt"
+    gone.write_text(next(name for name in people(300) if context.pseudonym(name) in first.aside["B"]))
+    release(2, named("withdrawn", gone))
+    assert len(register.releases()) == 1
 
 
 def test_another_policy_is_refused(cohort):
