@@ -119,9 +119,9 @@ class _Decision:
         # 3. Reclaim: what a lowered quota no longer covers, once the stated delay is over.
         self._drain_quotas()
 
-        # 4. Order: priority band, then slack (clinical), fair share, submission.
+        # 4. Order: priority band, then slack (clinical), fair share, and within an account submission + expected time.
         shares = levels(policy, self.tree, snapshot.usage, snapshot.live, now)
-        groups = grouped(ready, now)
+        groups = grouped(ready, policy, now)
         self.elders = self._elders(groups.values())
         for band in policy.bands:
             self._band([group for group in groups.values() if group.band is band], shares)
@@ -229,12 +229,12 @@ class _Decision:
 
     def _band(self, groups: list[Group], shares: Levels) -> None:
         """One band in fair order; once no reserved start is left, only those that could start are asked."""
-        queue = FairQueue(groups, self.tree, shares, self.now)
+        queue = FairQueue(groups, self.policy, self.tree, shares, self.now)
         while self._may_reserve() and (group := queue.top()) is not None:
             self._next(group, queue, shares)
         rest = [group for group in groups if group.next < len(group.jobs)]
         able = [group for group in rest if self._could(group)]
-        queue = FairQueue(able, self.tree, shares, self.now)
+        queue = FairQueue(able, self.policy, self.tree, shares, self.now)
         while (group := queue.top()) is not None:
             self._next(group, queue, shares)
 

@@ -111,8 +111,8 @@ class Group:
         return None
 
 
-def grouped(jobs: Iterable[Waiting], now: int) -> dict[Kind, Group]:
-    """By kind; the clinical band by slack (deadline − now − remaining time), everything else by submission."""
+def grouped(jobs: Iterable[Waiting], policy: Policy, now: int) -> dict[Kind, Group]:
+    """By kind; the clinical band by slack (deadline − now − remaining time), everything else by its turn."""
     found: dict[Kind, list[Waiting]] = {}
     for job in sorted(jobs, key=attrgetter("seq")):
         kind = job.kind
@@ -123,7 +123,20 @@ def grouped(jobs: Iterable[Waiting], now: int) -> dict[Kind, Group]:
     for group in found.values():
         if group[0].band is Band.CLINICAL and any(job.deadline for job in group):
             group.sort(key=lambda job: (slack(job, now), job.seq))
+        elif len(group) > 1 and policy.short_first:
+            group.sort(key=lambda job: turn(job, policy, now))
     return {kind: Group(kind, group) for kind, group in found.items()}
+
+
+def turn(job: Waiting, policy: Policy, now: int) -> int:
+    """Whose turn it is within an account, the least first: submission (ms), later by the expected run time.
+
+    Short jobs wait little for long ones, and a long one waits no more than its own length for later ones: nobody
+    starves. Whoever has waited `ageing` goes before all who have not, in order of submission.
+    """
+    if now - job.submitted_at >= 1000 * policy.ageing:
+        return job.submitted_at - NEVER
+    return job.submitted_at + policy.short_first * (job.estimate or job.time_limit)
 
 
 def slack(job: Waiting, now: int) -> int:
@@ -151,7 +164,8 @@ class _Branch:
 class FairQueue:
     """One band's groups in fair order. `top` names the group whose head goes next; then `again` or `drop`."""
 
-    def __init__(self, groups: Iterable[Group], tree: Tree, shares: Levels, now: int) -> None:
+    def __init__(self, groups: Iterable[Group], policy: Policy, tree: Tree, shares: Levels, now: int) -> None:
+        self._policy = policy
         self._tree = tree
         self._shares = shares
         self._now = now
@@ -184,7 +198,7 @@ class FairQueue:
         if head is None:
             return None
         urgency = slack(head, self._now) if group.band is Band.CLINICAL else 0
-        return (0, urgency, 0, (head.seq,), self._number(), group)
+        return (0, urgency, 0, (turn(head, self._policy, self._now), head.seq), self._number(), group)
 
     def _borrows(self, group: Group) -> int:
         if not self._tree.number:

@@ -116,6 +116,9 @@ class Policy:
     """So many waiting jobs have a reserved start that backfill never delays."""
     ageing: int = 2 * 86400
     """Whoever has waited so long has a reserved start beside those (one per account)."""
+    short_first: int = 1000
+    """Thousandths of a job's expected run time by which its turn within its account comes later: 0 is strict order of
+    submission."""
     drain_after: int = 3600
     """After a policy lowers a quota below what is in use, so long until the excess is preempted."""
     grows: bool = True

@@ -28,7 +28,7 @@ from permed_compute.spec import (
 
 _TOP = {
     "version", "effective", "capacity", "charges", "half_life", "entry_penalty", "idle_charge", "minimum_run_time",
-    "grace", "backfill_depth", "ageing", "drain_after", "elastic_growth", "bands", "roles", "accounts",
+    "grace", "backfill_depth", "ageing", "short_first", "drain_after", "elastic_growth", "bands", "roles", "accounts",
 }  # fmt: skip
 _ACCOUNT = {
     "parent", "sector", "region", "legal_entity", "funding", "quota", "members", "minimum_run_time", "effective",
@@ -101,6 +101,8 @@ class _Reader:
         values |= {"effective_from": begin, "effective_until": end}
         if "idle_charge" in data:
             values["idle_charge"] = self._read(("idle_charge",), _per_mille, data["idle_charge"])
+        if "short_first" in data:
+            values["short_first"] = self._read(("short_first",), _per_mille, data["short_first"])
         if "backfill_depth" in data:
             values["backfill_depth"] = self._count(("backfill_depth",), data["backfill_depth"])
         if "elastic_growth" in data:
@@ -344,7 +346,7 @@ def diff(old: Policy, new: Policy) -> list[str]:
         was, now = getattr(old, target), getattr(new, target)
         if was != now:
             said.append(f"everybody: {name.replace('_', ' ')} {format_duration(was)} → {format_duration(now)}.")
-    for name in ("backfill_depth", "idle_charge"):
+    for name in ("backfill_depth", "idle_charge", "short_first"):
         if getattr(old, name) != getattr(new, name):
             said.append(f"everybody: {name.replace('_', ' ')} {getattr(old, name)} → {getattr(new, name)}.")
     for band, rule in new.rules.items():

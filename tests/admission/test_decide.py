@@ -72,7 +72,8 @@ def test_bands_come_before_submission_order() -> None:
 
 def test_backfill_passes_a_reserved_start_only_without_delaying_it() -> None:
     busy = [held("busy", Grant("n1", 3000, 1024, 0, "cpu"))]  # until 99 s
-    waiting = [job(1, cpu_milli=4000), job(2), job(3, time_limit=60)]
+    first = job(1, cpu_milli=4000, submitted_at=-7_200_000)
+    waiting = [first, job(2, submitted_at=-3_600_000), job(3, time_limit=60)]
     result = plan([node(cpus=4)], waiting, busy)
     assert started(result) == ["job-3"] and result.admissions[0].reason == "backfilled"
     assert result.starts[0].job_id == "job-1" and result.starts[0].at == 99_000

@@ -67,6 +67,23 @@ def test_an_old_job_has_a_reserved_start_beyond_the_first_k() -> None:
     assert {start.job_id for start in plan.starts} == {"job-1", "job-9"}
 
 
+def test_short_work_waits_little_for_long_and_long_work_no_more_than_its_length() -> None:
+    rule = policy(account("a", 8))
+    hour = 3_600_000
+    long = job(1, "a", 8, time_limit=10 * 3600, submitted_at=NOW)
+
+    def first(later: int, **limits: int) -> list[str]:
+        short = job(2, "a", 8, submitted_at=NOW + later, time_limit=3600)
+        return started(decide(snapshot([node()], [long, short]), replace(rule, **limits), NOW + later))
+
+    assert first(8 * hour) == ["job-2"] and first(10 * hour) == ["job-1"]  # 9 hours shorter: as if 9 hours earlier
+    assert first(8 * hour, short_first=0) == ["job-1"]  # strict order of submission
+    assert first(8 * hour, ageing=7 * 3600) == ["job-1"]  # old enough: before all who are not
+    # What its like took before says more than what it may take at most.
+    known = replace(long, estimate=600)
+    assert started(decide(snapshot([node()], [known, job(2, "a", 8)]), rule, NOW)) == ["job-1"]
+
+
 def test_a_gang_never_half_starts_volcano_3373_5805() -> None:
     live = [runs("busy", "a", range(5))]
     gang = job(1, "a", 1, workers_min=4, workers_max=4)
@@ -236,7 +253,8 @@ def test_shares_of_a_device_and_mig_slices_are_flavors_of_their_own() -> None:
 def test_the_first_that_waits_for_quota_is_not_passed_by_its_own_account_for_ever() -> None:
     own = policy(account("a", 4, borrowing_limit=0), account("b", 4))
     live = [runs("r", "a", range(3))]
-    jobs = [job(1, "a", 4), job(2, "a", time_limit=86_400), job(3, "a", time_limit=60)]
+    first, long = job(1, "a", 4, submitted_at=NOW - 90_000_000), job(2, "a", time_limit=86_400)
+    jobs = [first, replace(long, submitted_at=NOW - 87_000_000), job(3, "a", time_limit=60)]
     plan = decide(snapshot([node()], jobs, live), own, NOW)
     assert started(plan) == ["job-3"]
     assert reason(plan, "job-1") == "quota" and reason(plan, "job-2") == "behind"
