@@ -254,12 +254,17 @@ class _Rolling:
 
         self.weights = torch.zeros((self.roi[0] + 1, *self.plane), device=self.device)
 
-    def _weighted(self, values: Tensor, place: tuple[int, int, int]) -> tuple[Tensor, tuple[slice, slice, slice]]:
+    def _place(self, place: tuple[int, int, int]) -> tuple[slice, slice, slice]:
+        """Where a window lies in what is kept; its weight is added."""
         z, y, x = place
         z -= self.first
         where = (slice(z, z + self.roi[0]), slice(y, y + self.roi[1]), slice(x, x + self.roi[2]))
         self.weights[where] += 1.0 if self.weight is None else self.weight
-        return (values if self.weight is None else values * self.weight), where
+        return where
+
+    def _weighted(self, values: Tensor) -> Tensor:
+        """Of one class: so that no weighted copy of the whole window is made."""
+        return values if self.weight is None else values * self.weight
 
     def _roll(self, tensor: Tensor, gone: int) -> None:
         """Drop the first `gone` planes, move the others up, and clear what follows."""
@@ -280,8 +285,9 @@ class Slab(_Rolling):
         self.sums = torch.zeros((self.classes, self.roi[0] + 1, *self.plane), device=self.device)
 
     def add(self, values: Tensor, place: tuple[int, int, int]) -> None:
-        weighted, where = self._weighted(values, place)
-        self.sums[(slice(None), *where)] += weighted
+        where = self._place(place)
+        for sums, logits in zip(self.sums, values, strict=True):
+            sums[where] += self._weighted(logits)
 
     def values(self, c: int, a: int, b: int) -> Tensor:
         return self.sums[c, a - self.first : b - self.first]
@@ -312,17 +318,18 @@ class Spill(_Rolling):
         self.blocks: list[_Block] = []
 
     def add(self, values: Tensor, place: tuple[int, int, int]) -> None:
-        weighted, _ = self._weighted(values, place)
-        data = weighted.contiguous().cpu().numpy()
+        self._place(place)
         known = [block for block in self.blocks if block.place[0] == place[0]]
+        length = 4 * math.prod(self.roi)
         if known:
-            file, offset = known[-1].file, known[-1].offset + data.nbytes
+            file, offset = known[-1].file, known[-1].offset + length * self.classes
         else:
             name = str(self.folder / f"layer-{place[0]}")
             file, offset = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), 0
             os.unlink(name)  # noqa: PTH108 - the open file goes on; nothing is left behind by a kill
         try:
-            _write(file, data, offset)
+            for c, logits in enumerate(values):
+                _write(file, self._weighted(logits).contiguous().cpu().numpy(), offset + c * length)
         except OSError as error:
             raise OutOfMemoryError(
                 f"The scratch folder cannot take the windows' outputs ({error.strerror}).",
@@ -359,14 +366,14 @@ class Spill(_Rolling):
 
 
 def _write(file: int, data: np.ndarray, offset: int) -> None:
-    view = memoryview(data.reshape(-1).view(np.uint8))
+    view = data.reshape(-1).view(np.uint8).data
     while view:
         done = os.pwrite(file, view, offset)
         view, offset = view[done:], offset + done
 
 
 def _read(file: int, buffer: np.ndarray, offset: int) -> None:
-    view = memoryview(buffer.reshape(-1).view(np.uint8))
+    view = buffer.reshape(-1).view(np.uint8).data
     while view:
         done = os.preadv(file, [view], offset)
         if not done:
@@ -424,7 +431,7 @@ class Answer:
         """Planes of `depth.inside` that are decided."""
         self.array = np.zeros(grid.shape, np.uint8 if sums.classes <= 256 else np.int16)
         device = sums.weights.device
-        self._index = {id(axis): _on(axis, device) for axis in axes}
+        self._index = {id(axis): _on(axis, device) for axis in (self.rows, self.columns)}
         voxels = max(1, len(self.rows.low) * len(self.columns.low))
         self._tile = max(1, sums.tile * _TILE_BYTES.get(device.type, 1 << 20) // (4 * voxels))
 
@@ -442,8 +449,10 @@ class Answer:
     def _decide(self, a: int, b: int) -> None:
         low, high = int(self.depth.low[a]), int(self.depth.high[b - 1]) + 1
         source = _Final(self.sums, self.inner, low, high, self.decision.activation)
-        along = tuple(each[a:b] for each in self._index[id(self.depth)])
-        along = (along[0] - low, along[1] - low, along[2])
+        along = [
+            (int(i) - low, int(j) - low, float(t))
+            for i, j, t in zip(self.depth.low[a:b], self.depth.high[a:b], self.depth.share[a:b], strict=True)
+        ]
         values = (self._resampled(source.values(c), along) for c in range(self.sums.classes))
         if self.decision.kind == "argmax":
             found = running_argmax(values, self.array.dtype == np.uint8)
@@ -452,15 +461,13 @@ class Answer:
         where = (slice(self.depth.inside.start + a, self.depth.inside.start + b), self.rows.inside, self.columns.inside)
         self.array[where] = found.cpu().numpy()
 
-    def _resampled(self, x: Tensor, along: tuple[Tensor, ...]) -> Tensor:
+    def _resampled(self, x: Tensor, along: Sequence[tuple[int, int, float]]) -> Tensor:
         """Columns first and planes last: the gathers of the inner axes run over the fewest values."""
         if not self.columns.same:
             x = _lerp(x, 2, self._index[id(self.columns)], self.columns.plain)
         if not self.rows.same:
             x = _lerp(x, 1, self._index[id(self.rows)], self.rows.plain)
-        if not self.depth.same:
-            x = _lerp(x, 0, along, self.depth.plain)
-        return x
+        return x if self.depth.same else _lerp_planes(x, along)
 
 
 def _on(axis: _Axis, device: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -473,13 +480,22 @@ def _on(axis: _Axis, device: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _lerp(x: Tensor, dim: int, index: tuple[Tensor, ...], plain: bool) -> Tensor:
     import torch
 
-    low, high, share = index
-    first = x.index_select(dim, low)
-    if plain:
-        return first
-    shape = [1, 1, 1]
-    shape[dim] = -1
-    return torch.lerp(first, x.index_select(dim, high), share.view(shape))
+    low, high, share = (each if dim == 2 else each[:, None] for each in index)
+    shape = [*x.shape]
+    shape[dim] = len(low)
+    # Along the last axis `gather` is 2.6 times as fast as `index_select`; rows are copied whole by the latter.
+    take = (lambda i: x.gather(2, i.expand(shape))) if dim == 2 else (lambda i: x.index_select(1, i[:, 0]))
+    return take(low) if plain else torch.lerp(take(low), take(high), share)
+
+
+def _lerp_planes(x: Tensor, along: Sequence[tuple[int, int, float]]) -> Tensor:
+    """Plane by plane from views: two thirds of the values are never copied, and this axis has the most of them."""
+    import torch
+
+    out = x.new_empty((len(along), *x.shape[1:]))
+    for plane, (low, high, share) in zip(out, along, strict=True):
+        torch.lerp(x[low], x[high], share, out=plane)
+    return out
 
 
 class _Final:
@@ -525,12 +541,21 @@ def running_argmax(values: Iterator[Tensor], small: bool) -> Tensor:
 
     best = next(values)
     found = torch.zeros(best.shape, dtype=torch.uint8 if small else torch.int16, device=best.device)
+    higher = torch.empty(best.shape, dtype=torch.bool, device=best.device)
     for c, value in enumerate(values, start=1):
-        higher = value > best
-        found = torch.maximum(found, (higher.view(torch.uint8) if small else higher.to(torch.int16)).mul_(c))
-        best = torch.maximum(best, value)
+        _greater(value, best, higher)
+        torch.maximum(found, (higher.view(torch.uint8) if small else higher.to(torch.int16)).mul_(c), out=found)
+        best = torch.maximum(best, value, out=value)
     _finite(best)
     return found
+
+
+def _greater(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`a > b`. On a CPU by NumPy: torch's comparison into bool is not vectorised (5 times as slow)."""
+    if a.device.type == "cpu":
+        np.greater(a.numpy(), b.numpy(), out=out.numpy())
+    else:
+        out.copy_(a > b)
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -16,6 +16,16 @@ from permed_compute.errors import WorkloadError
 from permed_compute.workloads.radiology import sliding
 from permed_compute.workloads.radiology.sliding import Decision, Grid, Windows, labels
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: threads that wait for each other cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 SPILL = 0
 SLAB = 1 << 40
 
