@@ -105,10 +105,10 @@ class _Decision:
     def run(self) -> Plan:
         snapshot, policy, now = self.snapshot, self.policy, self.now
         # 1. Validity and holds: dependencies, back-off, frozen and unknown accounts.
+        self.tree = Tree(policy, now)
         valid = self._ready()
 
         # 2. What is reserved and what is free: derived from live reservations and promises alone.
-        self.tree = Tree(policy, now)
         self.cluster = Cluster(snapshot.nodes, snapshot.drained, snapshot.windows)
         for job in snapshot.live:
             self.cluster.hold(job.grants, held_until(job, now))
@@ -157,9 +157,10 @@ class _Decision:
 
     def _closed(self, name: str) -> Reason | None:
         """Why nothing of this account may start."""
-        path = self.policy.path(name)
-        if self.policy.accounts and not path:
+        accounts = self.policy.accounts
+        if accounts and name not in self.tree.number:
             return Reason("unknown-account", (), {"account": name})
+        path = [accounts[place] for place in self.tree.path(self.tree.number[name])[:-1]] if accounts else []
         for account in path:
             if not in_force(account, self.now):
                 return Reason("account-not-in-force", (), {

@@ -361,14 +361,18 @@ class Cluster:
         })  # fmt: skip
         looked = False
         for at, name, grant in chain(_merged(self.releases(), ends), [(NEVER, "", None)]):
-            if at > now and not looked:  # once all that ends by then has been counted
+            if at > now and not looked:  # once all that ends by then has ended
                 looked = True
+                sweep.settle(now)
                 if sweep.total >= need.workers_min and (found := sweep.grants(now)):
                     return now, found
             if at >= NEVER:
                 return None
-            sweep.ended(self.rooms[name], grant, max(at, now))
-            if at > now and sweep.total >= need.workers_min and (found := sweep.grants(at)):
+            if at <= now:
+                sweep.release(self.rooms[name], grant)
+                continue
+            sweep.ended(self.rooms[name], grant, at)
+            if sweep.total >= need.workers_min and (found := sweep.grants(at)):
                 return at, found
         return None
 
@@ -420,21 +424,30 @@ class _Sweep:
     def recount(self, at: int) -> None:
         """All rooms, exactly as they are then: the others were counted when something in them ended."""
         for room in self._timed:
-            self.total -= self.counts[room]
-            self.counts[room] = self._count(room, at)
-            self.total += self.counts[room]
+            self._again(room, at)
+
+    def release(self, room: Room, grant: Grant | None) -> None:
+        """A job has ended there; it is counted later."""
+        if grant is not None and room in self.counts:
+            copy = self._copies.get(room)
+            if copy is None:
+                copy = self._copies[room] = room._copy()
+            copy.take(grant, -1)
+
+    def settle(self, now: int) -> None:
+        """Count what has been released up to now."""
+        for room in self._copies:
+            self._again(room, now)
 
     def ended(self, room: Room, grant: Grant | None, at: int) -> None:
         """A job, a reserved start or a window has ended there."""
         if room not in self.counts:
             return
-        if grant is not None:
-            copy = self._copies.get(room)
-            if copy is None:
-                copy = self._copies[room] = room._copy()
-            copy.take(grant, -1)
-            if self.counts[room] >= self._most:
-                return
+        self.release(room, grant)
+        if grant is None or self.counts[room] < self._most:
+            self._again(room, at)
+
+    def _again(self, room: Room, at: int) -> None:
         self.total -= self.counts[room]
         self.counts[room] = self._count(room, at)
         self.total += self.counts[room]
