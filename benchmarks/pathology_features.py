@@ -15,10 +15,10 @@ from permed_compute.workloads.pathology import features
 
 TITLE = "Reading features"
 WHY = (
-    "Training on bags of features reads every slide's once an epoch. 15,000 tiles × 1536. HDF5 as it is found: float32,"
-    " in chunks of one tile (TRIDENT) or 32 (CLAM); beside it chunks of 512 and one piece, which neither writes, and CLAM's"
-    " .pt. Until every cache line has been looked at once, because ours is mapped where HDF5 copies. Goal: 5 times"
-    " as fast as HDF5. Warm."
+    "Training on bags of features reads every slide's once an epoch. 15,000 tiles × 1536. HDF5 as found: float32,"
+    " in chunks of one tile (TRIDENT) or 32 (CLAM); beside it chunks of 512 and one piece, which neither writes, and"
+    " CLAM's .pt. Until every cache line has been looked at once, because ours is mapped where HDF5 copies. Goal: 5"
+    " times as fast as HDF5. Warm."
 )
 _DIM, _BLOCK = 1536, 1024
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []

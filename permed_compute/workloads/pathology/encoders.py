@@ -1,13 +1,16 @@
-"""Encoders by name or by file: uint8 tiles in, float16 features out. Weights come from a package or a path, by digest.
+"""Which encoder a job means, by name or by file, and its digest. Weights come from a package or a path, never a hub.
 
     encoder: efficientnet-lite0                                  ships, models/pathology/<name>
     encoder: noop                                                one zero per tile: what is left is the pipeline
     encoder: {torchscript: /models/uni.pt, sha256: 56ef…}        a scripted module, (n, 3, h, w) float → (n, d)
-    encoder: {timm: vit_large_patch16_224, weights: /models/uni/pytorch_model.bin, sha256: …, arguments: {…}}
-    optional beside these: name, mean, std (RGB, 0–1), batch
+    encoder: {onnx: /models/mine.onnx, sha256: …}                an ONNX graph of the same shapes
+    encoder: {adapter: virchow2, weights: /models/virchow2/model.safetensors, sha256: …}
+    encoder: {timm: vit_large_patch16_224, weights: /models/mine.safetensors, sha256: …, arguments: {…}}
+    optional beside these: name, mean, std (RGB, 0–1), batch; of timm: pool (token+mean), prefix
 
-Nothing is ever fetched: a hub's name is not an encoder. UNI, Virchow, CONCH and the like are loaded from the file that
-a user got under its own terms.
+An adapter (models/pathology/adapters.json) is what a published encoder's card says: architecture, arguments, mean and
+deviation, which tokens become the feature. Its weights are the file that a user got under its own terms. Weights are
+safetensors: a pickle can run code when it is opened.
 """
 
 from __future__ import annotations
@@ -20,18 +23,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from permed_compute.errors import WorkloadError
 
-if TYPE_CHECKING:
-    import torch
-
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_KEYS = {"torchscript", "timm", "weights", "sha256", "arguments", "name", "mean", "std", "batch"}
-_BATCH = {"cpu": 32, "cuda": 256}
+_KINDS = ("torchscript", "onnx", "timm", "adapter")
+_KEYS = {*_KINDS, "weights", "sha256", "arguments", "name", "mean", "std", "batch", "pool", "prefix"}
+_POOLS = ("", "token+mean")
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,10 @@ class Recipe:
     mean: tuple[float, ...] = _IMAGENET[0]
     std: tuple[float, ...] = _IMAGENET[1]
     batch: int = 0
+    pool: str = ""
+    """What becomes of a network's tokens: '' (it gives a row per tile) or `token+mean` (class token, mean of rest)."""
+    prefix: int = 1
+    """Tokens before those that are meaned: the class token and registers."""
 
 
 def recipe(given: str | Mapping[str, Any]) -> Recipe:
@@ -56,23 +59,56 @@ def recipe(given: str | Mapping[str, Any]) -> Recipe:
     if isinstance(given, str):
         return _shipped(given)
     wrong = set(given) - _KEYS
-    kinds = [kind for kind in ("torchscript", "timm") if kind in given]
-    if wrong or len(kinds) != 1:
+    kinds = [kind for kind in _KINDS if kind in given]
+    if wrong or len(kinds) != 1 or given.get("pool", "") not in _POOLS:
         raise WorkloadError(
-            f"The encoder is not understood ({', '.join(sorted(wrong)) or 'torchscript or timm is missing'}).",
+            f"The encoder is not understood ({', '.join(sorted(wrong)) or 'kind or pool'}).",
             remedy="See docs/pathology.md for the ways to name one.",
         )
     (kind,) = kinds
-    file = Path(given["torchscript"] if kind == "torchscript" else given.get("weights", ""))
+    if kind in ("torchscript", "onnx"):
+        return _of_file(kind, given)
+    return _of_architecture(_adapter(given["adapter"]) | dict(given) if kind == "adapter" else dict(given))
+
+
+def _of_file(kind: str, given: Mapping[str, Any]) -> Recipe:
+    file = Path(given[kind])
     digest = _file_digest(file, str(given.get("sha256", "")))
-    architecture = str(given.get("timm", ""))
-    arguments = dict(given.get("arguments", {}))
-    body = json.dumps([digest, kind, architecture, arguments, given.get("mean"), given.get("std")], sort_keys=True)
-    return Recipe(
-        str(given.get("name") or architecture or f"torchscript-{digest[:8]}"), kind,
-        hashlib.sha256(body.encode()).hexdigest(), file, architecture, arguments,
-        tuple(given.get("mean", _IMAGENET[0])), tuple(given.get("std", _IMAGENET[1])), int(given.get("batch", 0)),
-    )  # fmt: skip
+    name = str(given.get("name") or f"{kind}-{digest[:8]}")
+    return _recipe(name, kind, digest, file, given)
+
+
+def _of_architecture(given: Mapping[str, Any]) -> Recipe:
+    file = Path(given.get("weights", ""))
+    if file.is_file() and file.suffix != ".safetensors":
+        raise WorkloadError(
+            "The weights are not safetensors; a pickle can run code when it is opened.",
+            remedy="Where you trust the file: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW).",
+        )
+    digest = _file_digest(file, str(given.get("sha256", "")))
+    name = str(given.get("name") or given.get("adapter") or given["timm"])
+    return _recipe(name, "timm", digest, file, given)
+
+
+def _recipe(name: str, kind: str, weights_digest: str, file: Path, given: Mapping[str, Any]) -> Recipe:
+    arguments, architecture = dict(given.get("arguments", {})), str(given.get("timm", ""))
+    mean, std = tuple(given.get("mean", _IMAGENET[0])), tuple(given.get("std", _IMAGENET[1]))
+    pool, prefix = str(given.get("pool", "")), int(given.get("prefix", 1))
+    body = json.dumps([weights_digest, kind, architecture, arguments, mean, std, pool, prefix], sort_keys=True)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    batch = int(given.get("batch", 0))
+    return Recipe(name, kind, digest, file, architecture, arguments, mean, std, batch, pool, prefix)
+
+
+def _adapter(name: str) -> dict[str, Any]:
+    text = (Path(str(resources.files("permed_compute.models"))) / "pathology" / "adapters.json").read_text("utf-8")
+    known: dict[str, dict[str, Any]] = json.loads(text)["adapters"]
+    if name not in known:
+        raise WorkloadError(
+            f"There is no adapter {name!r}.",
+            remedy=f"There are {', '.join(sorted(known))}; others: `timm` with `arguments`, or `torchscript`, `onnx`.",
+        )
+    return {key: value for key, value in known[name].items() if key != "card"}
 
 
 def _shipped(name: str) -> Recipe:
@@ -116,87 +152,3 @@ def _file_digest(file: Path, wanted: str) -> str:
 def _digest(file: Path, size: int, mtime: int) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-class Noop:
-    """Answers at once: what a job then takes is reading, handing over and writing."""
-
-    dim = 1
-
-    def encode(self, batch: np.ndarray, stain: np.ndarray | None = None) -> np.ndarray:
-        return np.zeros((len(batch), 1), np.float16)
-
-
-class TorchEncoder:
-    """A module on a device. CUDA: pinned uint8 is copied while the batch before runs in bfloat16."""
-
-    def __init__(self, module: torch.nn.Module, made: Recipe, device: str, threads: int) -> None:
-        import torch
-
-        self._device = torch.device(device)
-        if self._device.type == "cpu":
-            torch.set_num_threads(max(1, threads))
-        self._module = module.eval().to(self._device)
-        scale = 1 / (255 * torch.tensor(made.std))
-        self._scale = scale.view(1, 3, 1, 1).to(self._device)
-        self._shift = (-torch.tensor(made.mean) / torch.tensor(made.std)).view(1, 3, 1, 1).to(self._device)
-        self._batch = made.batch or _BATCH[self._device.type]
-
-    def encode(self, batch: np.ndarray, stain: np.ndarray | None = None) -> np.ndarray:
-        """(n, h, w, 3) uint8 → (n, d) float16. `stain`: (3, 3), `Stain.matrix()`. Lack of memory halves the batch."""
-        import torch
-
-        while True:
-            try:
-                with torch.inference_mode():
-                    parts = [self._some(batch[k : k + self._batch], stain) for k in range(0, len(batch), self._batch)]
-                    return np.asarray(torch.cat(parts).to(torch.float16).cpu().numpy())
-            except torch.cuda.OutOfMemoryError:
-                if self._batch == 1:
-                    raise
-                self._batch //= 2
-                torch.cuda.empty_cache()
-
-    def _some(self, tiles: np.ndarray, stain: np.ndarray | None) -> torch.Tensor:
-        import torch
-
-        there = torch.from_numpy(tiles)
-        if self._device.type == "cuda":
-            there = there.pin_memory().to(self._device, non_blocking=True)
-        x = there.permute(0, 3, 1, 2).to(torch.float32)
-        if stain is not None:
-            matrix = torch.from_numpy(stain.astype(np.float32)).to(self._device)
-            density = -torch.log((x + 1) / 240)
-            x = (240 * torch.exp(-torch.einsum("nchw,cd->ndhw", density, matrix))).clamp_(0, 255)
-        x = x * self._scale + self._shift
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            made: torch.Tensor = self._module(x.contiguous(memory_format=torch.channels_last))
-            return made.float()
-
-
-def load(made: Recipe, device: str, threads: int) -> Any:
-    """The encoder on its device. Raises `WorkloadError` where a library is missing or the weights do not fit."""
-    if made.kind == "noop":
-        return Noop()
-    import torch
-
-    if made.kind == "torchscript":
-        read: Any = torch.jit.load
-        return TorchEncoder(read(str(made.weights), map_location="cpu"), made, device, threads)
-    if made.kind == "timm":
-        try:
-            import timm
-        except ImportError as error:
-            raise WorkloadError("timm is not installed here.", remedy="pip install timm torchvision") from error
-        module = timm.create_model(made.architecture, pretrained=False, num_classes=0, **made.arguments)
-    else:
-        spec = importlib.util.spec_from_file_location("permed_encoder", made.architecture)
-        assert spec is not None and spec.loader is not None
-        code = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(code)
-        module = code.build()
-    try:
-        module.load_state_dict(torch.load(str(made.weights), map_location="cpu", weights_only=True))
-    except RuntimeError as error:
-        raise WorkloadError("The weights do not fit the architecture.", remedy="Check `arguments`.") from error
-    return TorchEncoder(module, made, device, threads)

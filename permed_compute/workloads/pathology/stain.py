@@ -1,12 +1,13 @@
 """A slide's stain: haematoxylin and eosin vectors by Macenko's method (ISBI 2009), and its application to a batch.
 
-The fit looks at a few thousand tissue pixels of the low-resolution view, once per slide; applying it is one matrix
+The fit (macenko-pca) looks at some tissue pixels of the low-resolution view, once per slide; applying it is one matrix
 product per batch in optical density, which the encoder's device can do.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ REFERENCE = np.array([[0.5626, 0.2159], [0.7201, 0.8012], [0.4062, 0.5581]])
 """Columns: haematoxylin, eosin (Macenko's reference slide)."""
 REFERENCE_MOST = np.array([1.9705, 1.0308])
 _GLASS, _BETA, _ALPHA = 240.0, 0.15, 1.0
+_SDA = 255 / np.log(255)
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,14 @@ def estimate(pixels: np.ndarray, *, seed: int = 0, most: int = 50_000) -> Stain 
     density = density[(density > _BETA).all(1)]
     if len(density) < 200:
         return None
-    _, vectors = np.linalg.eigh(np.cov(density.T))
-    plane = vectors[:, [2, 1]]
-    plane *= np.where(plane[0] < 0, -1, 1)
-    angles = np.arctan2(*(density @ plane).T[::-1])
-    ends = [plane @ (np.cos(a), np.sin(a)) for a in np.percentile(angles, (_ALPHA, 100 - _ALPHA))]
-    ends = [end / np.linalg.norm(end) for end in ends]
-    first, second = sorted(ends, key=lambda end: -end[0])
-    stains = np.stack([first, second], 1)
+    from macenko_pca import separate_stains_macenko_pca
+
+    # It takes (height, width, 3) and counts optical density in 255 / ln 255, which only its least magnitude depends on.
+    found: Any = separate_stains_macenko_pca(density[None] * _SDA, _BETA * _SDA, _ALPHA / 100, 1 - _ALPHA / 100)
+    ends: list[np.ndarray] = [column * np.sign(column.sum()) for column in found[:, :2].T]
+    stains = np.stack(sorted(ends, key=lambda end: -end[0]), 1)
+    if not np.isfinite(stains).all():
+        return None
     amounts = np.linalg.lstsq(stains, density.T, rcond=None)[0]
     return Stain(stains, np.percentile(amounts, 99, axis=1))
 

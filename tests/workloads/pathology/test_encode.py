@@ -12,7 +12,7 @@ import zarr
 from permed_compute.errors import NotFoundError, RefusedInput, SpecError, WorkloadError
 from permed_compute.spec import JobSpec
 from permed_compute.testing.context import run_map
-from permed_compute.workloads.pathology import encode, encoders, features, tiles
+from permed_compute.workloads.pathology import encode, encoders, features, networks, tiles
 from permed_compute.workloads.pathology.reader import Reader
 from permed_compute.workloads.pathology.source import open_slide
 
@@ -129,6 +129,14 @@ def test_encoders_that_cannot_be(tmp_path, mean_encoder):
         encoders.recipe({"torchscript": str(tmp_path / "none.pt")})
     with pytest.raises(WorkloadError, match="understood"):
         encoders.recipe({"hub": "x"})
+    with pytest.raises(WorkloadError, match="understood"):
+        encoders.recipe({**mean_encoder, "onnx": "x"})
+    with pytest.raises(WorkloadError, match="no adapter") as caught:
+        encoders.recipe({"adapter": "uni3", "weights": "x"})
+    assert "virchow2" in caught.value.remedy
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(WorkloadError, match="safetensors"):
+        encoders.recipe({"adapter": "uni", "weights": str(tmp_path / "pytorch_model.bin")})
     with pytest.raises(SpecError, match="exports"):
         encode.params_of({"exports": ["csv"]})
 
@@ -138,18 +146,91 @@ def test_weights_and_preprocessing_are_in_the_digest(mean_encoder):
     assert one.digest != two.digest and one.name == two.name == "mean"
 
 
+TILES = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize("batch", ["n", 2])
+def test_an_onnx_graph_encodes(tmp_path, batch):
+    helper = pytest.importorskip("onnx", reason="onnx is not installed").helper
+    from onnx import TensorProto, save
+
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 3, 32, 32])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 3, 1, 1])
+    graph = helper.make_graph([helper.make_node("GlobalAveragePool", ["x"], ["y"])], "mean", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    save(model, tmp_path / "mean.onnx")
+    made = encoders.recipe({"onnx": str(tmp_path / "mean.onnx"), "mean": [0, 0, 0], "std": [1, 1, 1]})
+    seen = networks.load(made, "cpu", 1).encode(TILES)
+    assert made.name.startswith("onnx-") and seen.dtype == np.float16
+    assert np.allclose(seen, TILES.mean((1, 2)) / 255, atol=1e-3)
+
+
+def test_an_adapters_weights_are_loaded_and_its_tokens_pooled(tmp_path):
+    networks._allow_torchvision()
+    pytest.importorskip("timm", reason="timm is not installed")
+    from safetensors.torch import save_file
+
+    small = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2, "reg_tokens": 4,
+             "global_pool": "", "mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}  # fmt: skip
+    given = {"timm": "vit_tiny_patch16_224", "arguments": small, "pool": "token+mean", "prefix": 5}
+    module = networks._of_timm(encoders.Recipe("x", "timm", "", None, "vit_tiny_patch16_224", small))
+    save_file(module.state_dict(), tmp_path / "model.safetensors")
+    made = encoders.recipe({**given, "weights": str(tmp_path / "model.safetensors")})
+    encoder = networks.load(made, "cpu", 1)
+    seen = encoder.encode(TILES)
+    import torch
+
+    with torch.inference_mode():
+        tokens = module.eval()(encoder.front(TILES, None))
+    wanted = torch.cat([tokens[:, 0], tokens[:, 5:].mean(1)], 1).numpy()
+    assert seen.shape == (5, 32) and np.allclose(seen, wanted, atol=2e-3)
+    with pytest.raises(WorkloadError, match="one row per tile"):
+        networks.load(encoders.recipe({**given, "pool": "", "weights": str(made.weights)}), "cpu", 1).encode(TILES)
+    with pytest.raises(WorkloadError, match="fit"):
+        other = {**given, "arguments": {**small, "embed_dim": 32}, "weights": str(made.weights)}
+        networks.load(encoders.recipe(other), "cpu", 1)
+
+
+@pytest.mark.parametrize("name", ["uni", "uni2-h", "virchow", "virchow2", "h-optimus-0"])
+def test_every_adapter_is_an_architecture_that_timm_has(name):
+    networks._allow_torchvision()
+    pytest.importorskip("timm", reason="timm is not installed")
+    import torch
+
+    said = encoders._adapter(name)
+    made = encoders.Recipe(name, "timm", "", None, said["timm"], said["arguments"])
+    with torch.device("meta"):
+        module = networks._of_timm(made)
+    width = {"uni": 1024, "uni2-h": 1536, "virchow": 1280, "virchow2": 1280, "h-optimus-0": 1536}[name]
+    registers = said["arguments"].get("reg_tokens", 0)
+    assert module.num_features == width
+    assert said.get("prefix", 1) == 1 + registers or not said.get("pool")
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_features(mean_encoder):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    made = encoders.recipe(mean_encoder)
+    stain = np.eye(3) * 0.9
+    one, two = (networks.load(made, device, 1).encode(TILES, stain) for device in ("cpu", "cuda:0"))
+    assert np.allclose(one, two, atol=5e-3)
+
+
 def test_the_shipped_encoder_knows_a_cat():
     import torch
     from PIL import Image
     from skimage import data
 
     made = encoders.recipe("efficientnet-lite0")
-    encoder = encoders.load(made, "cpu", 2)
+    encoder = networks.load(made, "cpu", 2)
     cat = np.asarray(Image.fromarray(data.chelsea()[:, 75:375]).resize((224, 224)))
     assert encoder.encode(np.stack([cat] * 3)).shape == (3, 1280)
-    x = torch.from_numpy(cat.copy()).permute(2, 0, 1)[None] * encoder._scale + encoder._shift
+    x = torch.from_numpy(cat.copy()).permute(2, 0, 1)[None] * encoder.front.scale + encoder.front.shift
     with torch.inference_mode():
-        best = encoder._module.classify(x).topk(3).indices[0].tolist()
+        best = encoder.module.classify(x).topk(3).indices[0].tolist()
     assert set(best) <= {281, 282, 285}  # tabby, tiger cat, Egyptian cat
 
 
