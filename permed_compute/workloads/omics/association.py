@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
+from permed_compute.workloads.omics import device as gpu
 from permed_compute.workloads.omics import packed as bits
 from permed_compute.workloads.omics.packed import compiled
 
@@ -72,13 +73,15 @@ class _Coded:
         return np.asarray(self.total / np.maximum(2 * self.called, 1))
 
 
-def _products(packed: np.ndarray, table: np.ndarray, right: np.ndarray) -> np.ndarray:
+def _products(packed: np.ndarray, table: np.ndarray, right: np.ndarray, device: str) -> np.ndarray:
     """(rows, k) float64: genotypes (by `table`) times `right` (people, k), in tiles that stay in the cache.
 
     The narrow side stands first and is filled up to eight columns: as libraries are, that is four times as fast.
     """
     import torch
 
+    if device != "cpu":
+        return gpu.products(packed, table, right, device)
     packed = np.ascontiguousarray(packed)
     width = packed.shape[1]
     given = torch.zeros(-(-right.shape[1] // 8) * 8, 4 * width)
@@ -96,17 +99,17 @@ def _products(packed: np.ndarray, table: np.ndarray, right: np.ndarray) -> np.nd
     return out
 
 
-def _minor_products(packed: np.ndarray, coded: _Coded, right: np.ndarray) -> np.ndarray:
+def _minor_products(packed: np.ndarray, coded: _Coded, right: np.ndarray, device: str) -> np.ndarray:
     """(rows, k) float64: copies of the minor allele, none where missing, times `right` (people, k).
 
     Rows of few carriers are summed over these, in float64; the others are products.
     """
-    rare = coded.total <= len(right) // _RARE
+    rare = (coded.total <= len(right) // _RARE) & (device == "cpu")
     out = np.empty((len(packed), right.shape[1]))
     if rare.any():
         out[rare] = bits.gather(bits.split(packed[rare], len(right), ~coded.alt[rare])[0], right)
     if not rare.all():
-        out[~rare] = _products(packed[~rare], coded.table()[~rare], right)
+        out[~rare] = _products(packed[~rare], coded.table()[~rare], right, device)
     return out
 
 
@@ -133,12 +136,12 @@ class LinearNull:
         return cls(basis, residual)
 
 
-def linear(packed: np.ndarray, null: LinearNull) -> Tested:
+def linear(packed: np.ndarray, null: LinearNull, device: str = "cpu") -> Tested:
     """Least squares on the people called, row by row exact: sums over all, less those over the missing."""
     people, k = null.basis.shape
     coded = _Coded.of(packed, people)
     scale, spread = np.sqrt(people), float(np.sqrt(np.mean(null.residual**2))) or 1.0
-    products = _minor_products(packed, coded, np.column_stack([null.basis * scale, null.residual / spread]))
+    products = _minor_products(packed, coded, np.column_stack([null.basis * scale, null.residual / spread]), device)
     on_basis = products[:, :k] / scale
     on_basis[:, 0] = coded.total / scale  # whole numbers, without rounding
     on_y = products[:, k] * spread
@@ -294,7 +297,7 @@ class LogisticNull:
         return np.asarray(self.mu * (1 - self.mu))
 
 
-def logistic(packed: np.ndarray, null: LogisticNull, test: str) -> Tested:
+def logistic(packed: np.ndarray, null: LogisticNull, test: str, device: str = "cpu") -> Tested:
     """`wald` or `firth`: each row fitted on its own people. `score`, `spa`: missing genotypes count as the mean."""
     coded = _Coded.of(packed, len(null.y))
     flat = coded.total == 0
@@ -314,17 +317,19 @@ def logistic(packed: np.ndarray, null: LogisticNull, test: str) -> Tested:
             flat, "CONST", np.where(out[:, 2] == 1, "NOT_CONVERGED", np.where(out[:, 2] == 2, "COLLINEAR", ""))
         )
         return Tested(beta, se, z, p, coded.called, coded.alt, coded.frequency, error, np.full(len(p), test.upper()))
-    return _score(packed, null, coded, flat, test == "spa")
+    return _score(packed, null, coded, flat, device, spa=test == "spa")
 
 
-def _score(packed: np.ndarray, null: LogisticNull, coded: _Coded, flat: np.ndarray, spa: bool) -> Tested:
+def _score(
+    packed: np.ndarray, null: LogisticNull, coded: _Coded, flat: np.ndarray, device: str, *, spa: bool
+) -> Tested:
     mean = 2 * coded.frequency
     table = coded.table(mean)
     people = len(null.y)
     weighted = null.x * null.weight[:, None]
-    products = _products(packed, table, np.column_stack([null.y - null.mu, weighted, null.weight]))
+    products = _products(packed, table, np.column_stack([null.y - null.mu, weighted, null.weight]), device)
     # g'Wg: squares of the codes need a table of their own.
-    gwg = _products(packed, (table.astype(np.float64) ** 2).astype(np.float32), null.weight[:, None])[:, 0]
+    gwg = _products(packed, (table.astype(np.float64) ** 2).astype(np.float32), null.weight[:, None], device)[:, 0]
     k = null.x.shape[1]
     u = products[:, 0]
     variance = gwg - np.einsum("vk,kl,vl->v", products[:, 1 : k + 1], null.inverse, products[:, 1 : k + 1])

@@ -164,14 +164,14 @@ def _logistic(
 
 def run(part: Part, model: Analysis, ctx: Context) -> PartResult:
     start, stop = model.store.layout.rows(int(part.params["part"]))
-    found = associate(model, start, stop, ctx.threads)
+    found = associate(model, start, stop, ctx.threads, ctx.device)
     saved: Any = {field.name: getattr(found, field.name).astype(str) if field.name in ("error", "method")
                   else getattr(found, field.name) for field in fields(Tested)}  # fmt: skip
     np.savez(ctx.out / "tested.npz", **saved)
     return PartResult({"variants": stop - start, "tested": int(np.isfinite(found.p).sum())})
 
 
-def associate(model: Analysis, start: int, stop: int, threads: int = 1) -> Tested:
+def associate(model: Analysis, start: int, stop: int, threads: int = 1, device: str = "cpu") -> Tested:
     """Every row from start to stop, chunks beside each other."""
     contig = model.store.contig(start, stop)
     pieces = [
@@ -180,9 +180,9 @@ def associate(model: Analysis, start: int, stop: int, threads: int = 1) -> Teste
         for a, b in _same(contig, first - start, last - start)
     ]
     if threads == 1:
-        return _joined([_test(model, *piece) for piece in pieces])
+        return _joined([_test(model, *piece, device=device) for piece in pieces])
     with ThreadPoolExecutor(threads) as pool:
-        return _joined(list(pool.map(lambda piece: _test(model, *piece), pieces)))
+        return _joined(list(pool.map(lambda piece: _test(model, *piece, device=device), pieces)))
 
 
 def _same(contig: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -191,14 +191,14 @@ def _same(contig: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int]
     yield from pairwise(edges.tolist())
 
 
-def _test(model: Analysis, start: int, stop: int, contig: str) -> Tested:
+def _test(model: Analysis, start: int, stop: int, contig: str, *, device: str) -> Tested:
     packed = model.store.packed(start, stop)
     if len(model.people) != model.store.samples:
         packed = bits.take_samples(packed, model.people)
     null = model.null(contig)
     if isinstance(null, LinearNull):
-        return association.linear(packed, null)
-    return association.logistic(packed, null, model.test)
+        return association.linear(packed, null, device)
+    return association.logistic(packed, null, model.test, device)
 
 
 def _joined(pieces: Sequence[Tested]) -> Tested:

@@ -32,6 +32,7 @@ from permed_compute.errors import Finding, Problem, SpecError
 from permed_compute.paths import read_json, write_json
 from permed_compute.spec import JobSpec
 from permed_compute.storage.genotypes import MISSING_DOSAGE, GenotypeStore, dosage_as_float
+from permed_compute.workloads.omics import device as gpu
 from permed_compute.workloads.omics import packed as bits
 from permed_compute.workloads.omics import plots, scores
 from permed_compute.workloads.omics.params import Checked
@@ -242,7 +243,7 @@ def run(part: Part, model: Scoring | None, ctx: Context) -> PartResult:
         _refuse_low_match(part, ctx)
     assert model is not None
     start, stop = int(part.params["start"]), int(part.params["stop"])
-    sums, missing = score_rows(model, start, stop, str(part.params["missing"]), ctx.threads)
+    sums, missing = score_rows(model, start, stop, str(part.params["missing"]), ctx.threads, ctx.device)
     np.save(ctx.out / "sums.npy", sums)
     np.save(ctx.out / "missing.npy", missing)
     rows = model.weights.between(start, stop)
@@ -266,7 +267,9 @@ def _refuse_low_match(part: Part, ctx: Context) -> None:
     )  # fmt: skip
 
 
-def score_rows(model: Scoring, start: int, stop: int, missing: str, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def score_rows(
+    model: Scoring, start: int, stop: int, missing: str, threads: int = 1, device: str = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
     """(samples, columns) float64 sums of rows start … stop; (samples, sets) int64 matched rows that are missing.
 
     Chunks are added in their order, whatever the number of threads: the same bits on any machine of one kind.
@@ -280,12 +283,12 @@ def score_rows(model: Scoring, start: int, stop: int, missing: str, threads: int
     absent = np.zeros((model.store.samples, width - len(model.weights.names)))
     if threads == 1 or len(chunks) == 1:
         for a, b in chunks:
-            _add(sums, absent, _chunk(model, a, b, missing))
+            _add(sums, absent, _chunk(model, a, b, missing, device))
         return sums, absent.astype(np.int64)
     with ThreadPoolExecutor(threads) as pool:
         waiting = []
         for a, b in chunks:
-            waiting.append(pool.submit(_chunk, model, a, b, missing))
+            waiting.append(pool.submit(_chunk, model, a, b, missing, device))
             if len(waiting) > threads:  # so many chunks are in memory, and no more
                 _add(sums, absent, waiting.pop(0).result())
         for future in waiting:
@@ -298,7 +301,7 @@ def _add(sums: np.ndarray, absent: np.ndarray, given: tuple[np.ndarray, np.ndarr
     absent += given[1]
 
 
-def _chunk(model: Scoring, start: int, stop: int, missing: str) -> tuple[np.ndarray, np.ndarray]:
+def _chunk(model: Scoring, start: int, stop: int, missing: str, device: str) -> tuple[np.ndarray, np.ndarray]:
     at = model.weights.between(start, stop)
     rows = model.weights.rows[at] - start
     samples = model.store.samples
@@ -324,11 +327,10 @@ def _chunk(model: Scoring, start: int, stop: int, missing: str) -> tuple[np.ndar
     instead -= 2 * columns * ref
     used = columns[:, first_set:]
     last = columns.shape[1]
-    first = 0 if first_set <= _ONE_BY_ONE else first_set
+    first = 0 if first_set <= _ONE_BY_ONE or device != "cpu" else first_set
     sums = np.empty((samples, last))
-    found = bits.score(
-        packed, np.hstack([signed[:, first:], np.zeros_like(used)]), np.hstack([instead[:, first:], used]), samples
-    )
+    given = np.hstack([signed[:, first:], np.zeros_like(used)]), np.hstack([instead[:, first:], used])
+    found = bits.score(packed, *given, samples) if device == "cpu" else gpu.score(packed, *given, samples, device)
     sums[:, first:] = found[:, : last - first]
     if first:
         sums[:, :first] = _many(packed, counted, signed[:, :first], instead[:, :first], 2 * frequency, samples)
