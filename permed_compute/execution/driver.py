@@ -34,8 +34,8 @@ from permed_compute.workloads import registry
 from permed_compute.workloads.port import DonePart, Gang, Map, Next, Part, Result
 
 _BEAT_S = 2.0
-_LAST_WORDS_S = 3.0
-"""How long the ranks of a broken gang may take to say why, once one has."""
+_LAST_WORDS_S = 20.0
+"""How long the others of a broken gang may take to say why, once one has lost them."""
 _IN_FLIGHT = 2  # per member: one runs, the next one loads
 
 
@@ -242,16 +242,18 @@ class _Drive:
 
 
 def _first_cause(ranks: Sequence[Future[Row]]) -> BaseException:
-    """Why the gang broke. A rank that dies breaks its peers' collectives, and their word may come before its own."""
-    wait(ranks, timeout=_LAST_WORDS_S)
-    errors = [error for future in ranks if future.done() and (error := future.exception()) is not None]
-
-    def guilt(error: BaseException) -> int:
-        if isinstance(error, WorkerLost):
-            return 2 if error.code == "peer-lost" else 0
-        return 1
-
-    return min(errors, key=guilt)
+    """Why the gang broke. A rank that dies breaks its peers' collectives, and their word may come before its own: of a
+    node that died Ray knows after seconds."""
+    deadline = time.monotonic() + _LAST_WORDS_S
+    while True:
+        errors = [error for future in ranks if future.done() and (error := future.exception()) is not None]
+        causes = [error for error in errors if not (isinstance(error, WorkerLost) and error.code == "peer-lost")]
+        left = deadline - time.monotonic()
+        silent = [future for future in ranks if not future.done()]
+        if causes or not silent or left <= 0:
+            lost = [error for error in causes if isinstance(error, WorkerLost)]
+            return (lost or causes or errors)[0]
+        wait(silent, timeout=left, return_when=FIRST_COMPLETED)
 
 
 @dataclass(slots=True)

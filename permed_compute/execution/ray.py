@@ -38,6 +38,7 @@ _LAUNCH_S = 30.0
 _GIVE_UP_S = 20.0
 """A connection without a word for so long is taken for dead: the next question makes a new one."""
 _PREFIX = "permed-"
+_GPU_FLAVOR, _GPU_MEMORY = "permed-gpu-flavor", "permed-gpu-memory"
 _MIB = 2**20
 
 
@@ -58,6 +59,7 @@ class RayExecutor:
         self._node = local_node(settings)
         self._local = None if settings.ray_address else LocalRay(home.runtime, self._node)
         self._bridge: Bridge | None = None
+        self._there: tuple[Node, ...] = ()
         self._here: int | None = None
 
     # ------------------------------------------------------------------------------------- the port
@@ -66,7 +68,12 @@ class RayExecutor:
         """This machine, without asking Ray; or what the cluster at the given address has."""
         if self._local is not None:
             return (self._node,)
-        return tuple(_node(row) for row in self._ask("nodes", _LAUNCH_S))
+        try:
+            self._there = tuple(_node(row) for row in self._ask("nodes", _LAUNCH_S))
+        except BridgeError:  # a head that does not answer has taken no node away
+            if not self._there:
+                raise
+        return self._there
 
     def start(self) -> None:
         """See to it that there is a Ray; otherwise the first launch does. Raises `EngineError`."""
@@ -87,11 +94,12 @@ class RayExecutor:
             return
         self.start()
         self._choose_cores(attempt)
-        bundles = [_bundle(grant, clustered=self._local is None) for grant in attempt.grants]
+        bundles = [_bundle(grant) for grant in attempt.grants]
+        nodes = [grant.node for grant in attempt.grants] if self._local is None else []
         try:
             self._ask(
                 "launch", _LAUNCH_S, name=attempt.name, root=str(attempt.paths.root), bundles=bundles,
-                engine=dict(self.facts()),
+                nodes=nodes, engine=dict(self.facts()),
             )  # fmt: skip
         except BridgeError:
             self._disconnect()  # so that nothing is launched after we have said that it was not
@@ -240,20 +248,21 @@ class RayExecutor:
             raise
 
 
-def _bundle(grant: Grant, *, clustered: bool) -> dict[str, float]:
-    """What Ray is to count for one worker; on a cluster, on the node that admission chose."""
+def _bundle(grant: Grant) -> dict[str, float]:
+    """What Ray is to count for one worker."""
     bundle = {"CPU": grant.cpu_milli / 1000, "memory": float(grant.memory * _MIB)}
     if grant.gpu_milli:
         bundle["GPU"] = grant.gpu_milli / 1000
-    if clustered:
-        bundle[f"node:{grant.node}"] = 0.001
     return bundle
 
 
 def _node(row: Mapping[str, Any]) -> Node:
-    """A node of a given cluster. Ray does not say how much memory a GPU has: 0 MiB is offered."""
-    resources = row["resources"]
+    """A node of a given cluster. Ray does not say how much memory a GPU has, nor that it is a MIG slice: labels may
+    (`permed-gpu-memory=40960` in MiB, `permed-gpu-flavor=a100-mig-3g`), else 0 MiB and Ray's type are offered."""
+    resources, labels = row["resources"], row["labels"]
     kinds = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
-    flavor = flavor_of(kinds[0]) if kinds else "gpu"
-    gpus = tuple(Gpu(flavor, place, 0) for place in range(int(resources.get("GPU", 0))))
-    return Node(row["address"], int(resources.get("CPU", 0) * 1000), int(resources.get("memory", 0)) // _MIB, gpus)
+    flavor = labels.get(_GPU_FLAVOR) or (flavor_of(kinds[0]) if kinds else "gpu")
+    memory = labels.get(_GPU_MEMORY, "")
+    each = int(memory) if memory.isdigit() else 0
+    gpus = tuple(Gpu(flavor, place, each) for place in range(int(resources.get("GPU", 0))))
+    return Node(row["name"], int(resources.get("CPU", 0) * 1000), int(resources.get("memory", 0)) // _MIB, gpus)

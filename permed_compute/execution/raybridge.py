@@ -25,6 +25,9 @@ from permed_compute.paths import AttemptPaths
 
 Row = dict[str, Any]
 
+NODE_LABEL = "permed-node"
+"""`ray start --labels permed-node=gpu-07` calls the node so."""
+
 
 class BridgeError(EngineError):
     """Ray did not answer, or not in time: nothing is known."""
@@ -117,9 +120,10 @@ class _Speaker:
             logging_level=logging.ERROR,
         )
 
-    def launch(self, name: str, root: str, bundles: list[Row], engine: Row) -> None:
+    def launch(self, name: str, root: str, bundles: list[Row], nodes: list[str], engine: Row) -> None:
         """Group, members and actor, each unless it is there: launching again finds them, and mends a launch cut in two.
 
+        `nodes`: by name, where each bundle belongs; [] leaves that to Ray.
         The members are hired here, so that their processes start beside the actor's and not after it.
         """
         from ray.util.placement_group import placement_group
@@ -131,7 +135,14 @@ class _Speaker:
 
         if name in self._actors():
             return
-        group = self._group(name) or placement_group(bundles, strategy="PACK", name=name, lifetime="detached")
+        ids = {row["name"]: row["id"] for row in self.nodes()} if nodes else {}
+        gone = sorted({node for node in nodes if node not in ids})
+        if gone:
+            raise LookupError(f"node {gone[0]} is gone")
+        group = self._group(name) or placement_group(
+            bundles, strategy="PACK", name=name, lifetime="detached",
+            bundle_label_selector=[{"ray.io/node-id": ids[node]} for node in nodes] or None,
+        )  # fmt: skip
         attempt = Attempt.read(AttemptPaths(Path(root)))
         if attempt is not None:
             hire_all(attempt, group)
@@ -157,12 +168,18 @@ class _Speaker:
             self.ray.util.remove_placement_group(group)
 
     def nodes(self) -> list[Row]:
-        """What the cluster's living nodes have."""
-        return [
-            {"address": node["NodeManagerAddress"], "resources": node["Resources"]}
-            for node in self.ray.nodes()
-            if node["Alive"]
-        ]
+        """What the cluster's living nodes have. A node is called by its label `permed-node`, else by its address, with
+        the beginning of its id where several have that."""
+        living = [node for node in self.ray.nodes() if node["Alive"]]
+        addresses = [node["NodeManagerAddress"] for node in living]
+        rows = []
+        for node in living:
+            identity, address = node["NodeID"], node["NodeManagerAddress"]
+            plain = address if addresses.count(address) == 1 else f"{address}-{identity[:6]}"
+            labels = dict(node.get("Labels") or {})
+            name = labels.get(NODE_LABEL, plain)
+            rows.append({"name": name, "id": identity, "resources": node["Resources"], "labels": labels})
+        return rows
 
     def version(self) -> str:
         return str(self.ray.__version__)

@@ -190,6 +190,11 @@ def _end_when_orphaned(root: Path) -> None:
 
 
 def _loss(slot: int, error: BaseException) -> WorkerLost:
+    words = str(error)
+    if "node has died" in words or "node was terminated" in words or type(error).__name__ == "NodeDiedError":
+        return WorkerLost(f"The node of worker {slot} is gone.", code="node-lost")
+    if type(error).__name__ == "RuntimeEnvSetupError":
+        return WorkerLost(f"The environment of worker {slot} cannot be started.", code="bad-image")
     if type(error).__name__ == "OutOfMemoryError":
         return WorkerLost(f"Worker {slot} was ended because the machine ran out of memory.", code="over-memory")
     return WorkerLost(f"The process of worker {slot} is gone.", remedy="See `permed logs`.")
