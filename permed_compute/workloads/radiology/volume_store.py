@@ -14,6 +14,7 @@ import hashlib
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +81,8 @@ class VolumeStore(VolumeReader):
             array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ self.affine_ras, (), None, self.digest, self.about["modality"]
         )
 
-    def class_chunks(self) -> dict[int, list[list[int]]]:
+    @cached_property
+    def class_chunks(self) -> Mapping[int, Sequence[Sequence[int]]]:
         """Of a label: per class, [chunk number, voxels] of the chunks that hold it (`label_chunks`)."""
         return {int(name): rows for name, rows in self.about.get("classes", {}).items()}
 
@@ -132,6 +134,12 @@ def _unscaled(array: np.ndarray, hint: Rescale) -> tuple[np.ndarray, Rescale] | 
     small = (stored - shift).astype(np.int16)
     rescale = (slope, intercept + shift * slope)
     return (small, rescale) if np.array_equal(rescaled(small, rescale), array) else None
+
+
+def darkest(array: np.ndarray) -> int | float:
+    """The least value: what stands for outside the volume; 0 where there are values that are no numbers."""
+    least = array.min()
+    return least.item() if np.isfinite(least) else 0
 
 
 def as_label(array: np.ndarray, about: str) -> np.ndarray:
@@ -196,7 +204,7 @@ def write(
     if kind == "label":
         about["classes"] = label_chunks(array)
     # Around a body lies air: its chunks are not stored.
-    fill = array.min().item() if kind == "image" and array.size and np.isfinite(array.min()) else 0
+    fill = 0 if kind == "label" else array.max().item() if rescale and rescale[0] < 0 else darkest(array)
     layout = Layout(array.shape, str(array.dtype), fill)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

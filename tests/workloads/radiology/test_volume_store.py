@@ -81,7 +81,7 @@ def test_labels_keep_their_classes_and_say_where_they_are(tmp_path):
     volume_store.write(tmp_path / "a.zarr", volume(label), inputs=[], kind="label")
     store = VolumeStore(tmp_path / "a.zarr")
     assert store.dtype == np.uint8 and np.array_equal(store.all(), label)
-    chunks = store.class_chunks()
+    chunks = store.class_chunks
     assert chunks[2] == [[0, 27]]
     assert sum(count for _, count in chunks[7]) == (label == 7).sum() and len(chunks[7]) == 4
     for wrong in (label + 0.5, label - 1):
