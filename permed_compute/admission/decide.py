@@ -43,8 +43,10 @@ from permed_compute.states import ENDED, JobState
 
 _BLOCKERS = 8
 """A reason names at most so many jobs."""
-_PREEMPTORS = 4
-"""So many jobs may look for victims in one decision, each among all that runs; the next decision follows at once."""
+_PREEMPTORS = 16
+"""So many jobs may find victims in one decision, each among all that runs; the next decision follows at once."""
+_IN_VAIN = 4
+"""Whoever looks and finds none counts as so many."""
 
 
 @dataclass(slots=True)
@@ -94,7 +96,7 @@ class _Decision:
         self.given_up: set[str] = set()
         """Live jobs that this decision stops or shrinks."""
         self.tries = _PREEMPTORS
-        """Attempts to preempt that are left: each looks at everything that runs."""
+        """How much looking for victims is left: each time at everything that runs."""
         self.below: dict[int, list[Reservation]] = {}
         """Live jobs of an account and those below it, soonest end first."""
         self.just_used: dict[tuple[int, str], list[str]] = {}
@@ -461,9 +463,10 @@ class _Decision:
     def _preempt(self, job: Waiting, need: Need) -> Room | None:
         if not self.policy.accounts or self.tries <= 0:
             return None
-        self.tries -= 1
         live = [held for held in self.snapshot.live if held.job_id not in self.given_up]
-        return make_room(job, need, live, self.cluster, self.tree, self.policy, self.now, self.snapshot.grace_ms)
+        room = make_room(job, need, live, self.cluster, self.tree, self.policy, self.now, self.snapshot.grace_ms)
+        self.tries -= _IN_VAIN if room is None else 1
+        return room
 
     def _promise(self, job: Waiting, room: Room) -> None:
         for victim in room.victims:
