@@ -6,6 +6,7 @@ stands in a private folder below the system's temporary directory, named by a di
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -184,3 +185,18 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def is_locked(file: Path) -> bool:
+    """True while somebody holds the file's flock. A file that is not there is held by nobody."""
+    try:
+        handle = os.open(file, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False

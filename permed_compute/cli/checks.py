@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from permed_compute.errors import NotFoundError, PermedError
-from permed_compute.paths import HomePaths
+from permed_compute.paths import HomePaths, is_locked
 
 if TYPE_CHECKING:
     from permed_compute.execution.raylocal import LocalRay
@@ -143,29 +143,13 @@ def controller(home: HomePaths) -> Check:
     except NotFoundError:
         if not home.socket.exists():
             return Check("controller", "ok", "none runs; `permed run` brings its own")
-        if _locked(home.lock):
+        if is_locked(home.lock):
             return Check("controller", "warn", "one holds this home and does not answer", f"See {home.log}.")
         return Check("controller", "warn", "its socket is left over from a crash", "It is safe to remove.",
                      lambda: home.socket.unlink(missing_ok=True))  # fmt: skip
     except PermedError as error:
         return Check("controller", "bad", error.message, error.remedy)
     return Check("controller", "ok", "one runs and answers")
-
-
-def _locked(lock: Path) -> bool:
-    import fcntl
-
-    try:
-        handle = os.open(lock, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
 
 
 def clock(home: HomePaths) -> Check:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from permed_compute.execution import processes
 from permed_compute.execution.processes import ATTEMPT_MARK, SESSION_MARK, Process, ProcessTable
+from permed_compute.paths import is_locked
 
 LONELY_S = 60.0
 """How long Ray waits for another controller once there is neither controller nor attempt."""
@@ -44,7 +45,7 @@ def keep(runtime: Path, record: Path, lonely_s: float = LONELY_S) -> None:
     lonely_since: float | None = None
     while record.exists():
         now = time.monotonic()
-        if _has_controller(runtime) or _has_attempt(runtime, table):
+        if is_locked(users_file(runtime)) or _has_attempt(runtime, table):
             lonely_since = None
         else:
             lonely_since = lonely_since or now
@@ -52,20 +53,6 @@ def keep(runtime: Path, record: Path, lonely_s: float = LONELY_S) -> None:
                 record.unlink(missing_ok=True)
         time.sleep(_TICK_S)
     processes.kill_all(lambda: [each for each in of_session(runtime, table) if each.pid != os.getpid()])
-
-
-def _has_controller(runtime: Path) -> bool:
-    try:
-        handle = os.open(users_file(runtime), os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
 
 
 def _has_attempt(runtime: Path, table: ProcessTable) -> bool:

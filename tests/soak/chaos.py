@@ -132,11 +132,10 @@ def chaos(folder: Path, *, kills: int, parts: int, seconds: float, seed: int) ->
     with open_client(settings) as client:
         job_id = client.submit(spec)[0].id
     _until(lambda: bool(list(home.job(job_id).root.glob("attempts/*/records-*"))), 120)
-    while sum(done.values()) < kills and _state(settings, job_id) not in ENDED:
-        if chance.random() < 0.7:  # mostly spread over the job; else while it still recovers from the kill before
-            before = _published(home)
-            _until(lambda before=before: _published(home) > before or _state(settings, job_id) in ENDED, 180)
-        time.sleep(chance.uniform(0.1, 3.0))
+    # Spread over the job's first three quarters; where two fall together, the second hits it while it recovers.
+    for due in sorted(chance.randrange(parts * 3 // 4) for _ in range(kills)):
+        _until(lambda due=due: _published(home) >= due or _state(settings, job_id) in ENDED, 300)
+        time.sleep(chance.uniform(0.1, 2.0))
         target = chance.choice(TARGETS)
         if target == "controller":
             daemon.kill()
