@@ -24,6 +24,7 @@ from permed_compute.cli import (
     jobs,
     logs,
     quota,
+    radiology,
     report,
     results,
     simulate,
@@ -65,6 +66,7 @@ app.add_typer(quota.app, name="quota")
 app.add_typer(report.app, name="report")
 app.add_typer(audit.app, name="audit")
 app.add_typer(frequency.app, name="frequency")
+app.add_typer(radiology.app, name="radiology")
 if find_spec("permed_compute.cli.bench") is not None:
     from permed_compute.cli import bench
 

@@ -25,6 +25,8 @@ CATALOG = {
     "pathology/tiles": "permed_compute.workloads.pathology.tiles:WORKLOAD",
     "radiology/brain-extraction": "permed_compute.workloads.radiology.infer:WORKLOAD",
     "radiology/ingest": "permed_compute.workloads.radiology.ingest:WORKLOAD",
+    "radiology/segment": "permed_compute.workloads.radiology.segment:WORKLOAD",
+    "radiology/worklist": "permed_compute.workloads.radiology.worklist:WORKLOAD",
 }
 """The workloads that ship, by the name that a job file gives."""
 

@@ -73,11 +73,13 @@ def _edges(marks: np.ndarray) -> np.ndarray:
     return np.asarray((marks > 0) & ~inner)
 
 
-def write_png(picture: np.ndarray, path: Path) -> None:
-    """The picture as PNG, without metadata."""
+def write_thumbnail(picture: np.ndarray, path: Path, width: int) -> None:
+    """The picture as a JPEG of at most that width, without metadata."""
     from PIL import Image
 
-    Image.fromarray(picture).save(path, format="PNG", optimize=False)
+    image = Image.fromarray(picture)
+    image.thumbnail((width, 4 * width))
+    image.save(path, format="JPEG", quality=80)
 
 
 def write_montage(picture: np.ndarray, volume: Volume, path: Path, algorithm: Algorithm, purpose: Purpose) -> None:
