@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,8 @@ from permed_compute.admission.policy import Account, Policy, Quota
 from permed_compute.admission.simulate import Rules, Simulation
 from permed_compute.admission.traces import hospital_day
 from permed_compute.admission.usage import Decayed, Spell, by_month, spells, table
-from permed_compute.errors import NotFoundError
+from permed_compute.cli.report import write
+from permed_compute.errors import NotFoundError, SettingsError
 from permed_compute.queue.memory import MemoryQueue
 from permed_compute.queue.port import Clock
 
@@ -105,3 +107,15 @@ def test_decay_does_not_depend_on_how_often_one_looks() -> None:
     assert rare.at(7_200_000) == often.at(7_200_000)
     then = rare.at(7_200_000)["a"]["gpu:a100"]
     assert rare.at(7_200_000 + 3_600_000)["a"]["gpu:a100"] == pytest.approx(then / 2, rel=1e-6)
+
+
+def test_a_report_as_parquet_reads_as_it_was_written(tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    rows = [row.as_dict() for row in table([spell("a", 0, 2, gpus=4), spell("b", 700, 50)], ["account", "month"])]
+    write({"by": ["account", "month"], "rows": rows}, tmp_path / "usage.parquet")
+    assert len(rows) == 3 and pq.read_table(tmp_path / "usage.parquet").to_pylist() == rows
+    write({"by": ["account"], "rows": []}, tmp_path / "none.parquet")
+    assert pq.read_table(tmp_path / "none.parquet").num_rows == 0
+    with pytest.raises(SettingsError, match="no format"):
+        write({"by": ["account"], "rows": rows}, tmp_path / "usage.xlsx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["none.parquet", "usage.parquet"]
