@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property
@@ -15,6 +17,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Case, LeftOutError
+from benchmarks.rigs.home import new_home
+from permed_compute.client import Client, open_client
+from permed_compute.execution import records
+from permed_compute.spec import JobSpec
+from permed_compute.states import JobState
 
 TITLE = "Genotypes: scores, association, counts, sizes, conversion"
 WHY = (
@@ -36,6 +43,9 @@ def cases(quick: bool) -> list[Case]:
 
     one, many = "PRS, 1 score", "PRS, 32 scores"
     gappy, whole = "linear GWAS, 5 covariates, 1 % missing", "linear GWAS, 5 covariates, none missing"
+    scaling = "logistic GWAS (Wald) of 4,000 variants on Ray, first start to last publication"
+    bytes_scored, bytes_associated = "packed input, scoring (32)", "packed input, association"
+    rate = {"unit": "GB/s", "better": "higher"}
     counts, size, convert = "counts of all variants", "bits a genotype", "bed or VCF into a store"
     return [
         case(one, "ours", lambda: rig.score(1), goal="≥ 1.5 × plink2", ratio=1 / 1.5),
@@ -55,8 +65,15 @@ def cases(quick: bool) -> list[Case]:
         case(size, "bed", lambda: rig.bits("bed"), unit="bits", peer=True),
         case(size, "BCF", lambda: rig.bits("bcf"), unit="bits", peer=True),
         case(size, "our call_genotype (VCF Zarr)", lambda: rig.bits("call_genotype"), unit="bits", peer=True),
+        case(size, "bio2zarr's call_genotype (VCF Zarr)", lambda: rig.bits("bio2zarr"), unit="bits", peer=True),
         case(convert, "ours, VCF to VCF Zarr and packed2", rig.convert),
         case(convert, "bio2zarr vcf2zarr", rig.bio2zarr, peer=True),
+        case(scaling, "2 workers", lambda: rig.on_ray(2), unit="s", goal="≥ 1.8 × as fast as 1", ratio=1 / 1.8),
+        case(scaling, "1 worker", lambda: rig.on_ray(1), unit="s", peer=True),
+        case(bytes_scored, "on a GPU", lambda: rig.on_gpu("score"), **rate),
+        case(bytes_scored, "the CPU's kernels", lambda: rig.gigabytes() / rig.score(32), peer=True, **rate),
+        case(bytes_associated, "on a GPU", lambda: rig.on_gpu("products"), **rate),
+        case(bytes_associated, "the CPU's kernels", lambda: rig.gigabytes() / rig.linear("gappy"), peer=True, **rate),
     ]  # fmt: skip
 
 
@@ -71,6 +88,13 @@ def _timed(work: Callable[[], object]) -> float:
     return _cpu() - began
 
 
+def _codes(store: Any, rows: int) -> np.ndarray:
+    from permed_compute.workloads.omics import packed as bits
+
+    count = min(rows, store.variants)
+    return bits.unpack(np.concatenate([store.packed(a, b) for a, b in store.chunks(0, count)]), store.samples)
+
+
 class _Rig:
     """Simulated people in every format, made when first asked for."""
 
@@ -78,10 +102,13 @@ class _Rig:
         self.samples, self.variants = samples, variants
         self._stack = ExitStack()
         self._warm: set[str] = set()
+        self._client: Client | None = None
+        self._runs = itertools.count()
 
     def close(self) -> None:
         self._stack.close()
         self.__dict__.pop("folder", None)
+        self._client = None
 
     @cached_property
     def folder(self) -> Path:
@@ -125,7 +152,8 @@ class _Rig:
                 if len(rows) == self.variants:
                     break
             matrix = np.stack(rows)
-            matrix[rng.random(matrix.shape) < missing] = 3
+            for row in matrix:
+                row[rng.random(self.samples) < missing] = 3
             write_bed(folder / name, matrix, rows=table(len(matrix)))
             self._plink(folder, "--bfile", name, "--make-pgen", "--out", name)
             self._store(folder, name)
@@ -274,11 +302,92 @@ class _Rig:
 
     def bits(self, kind: str) -> float:
         store = self.store("gappy")
-        place = {"packed2": store.root / "packed2", "call_genotype": store.root / "call_genotype"}.get(kind)
+        peer = self.folder / "peer.vcz"
+        if kind == "bio2zarr" and not peer.exists():
+            self.bio2zarr()
+        place = {
+            "packed2": store.root / "packed2", "call_genotype": store.root / "call_genotype",
+            "bio2zarr": peer / "call_genotype",
+        }.get(kind)  # fmt: skip
         files = [f for f in place.rglob("*") if f.is_file()] if place else [self.folder / f"gappy.{kind}"]
         if not all(file.exists() for file in files):
             raise LeftOutError("bcftools is not installed (make real-parts)")
         return 8 * sum(file.stat().st_size for file in files) / (store.variants * store.samples)
+
+    # ----------------------------------------------------------------------------------------- Ray, GPU
+
+    def on_ray(self, workers: int) -> float:
+        """Seconds from the first part's start to the last publication, as the attempt's records say."""
+        if self._client is None:
+            self._client = self._stack.enter_context(open_client(self._stack.enter_context(new_home("ray"))))
+            self._few()
+        # A phenotype of another name each time: a part that was computed before is not computed again.
+        spec = JobSpec(
+            name="scaling", workload="omics/gwas",
+            inputs=({"name": "genotypes", "path": str(self.folder / "store-few" / "job" / "out")},
+                    {"name": "phenotypes", "path": str(self.folder / "b.txt")}),
+            params={"phenotype": f"b{next(self._runs)}", "model": "logistic", "test": "wald",
+                    "covariates": [f"c{k}" for k in range(5)]},
+            resources={"workers": workers, "cpus": 1, "memory": "1GiB"},
+        )  # fmt: skip
+        [job] = self._client.wait([job.id for job in self._client.submit(spec)])
+        if job.state is not JobState.SUCCEEDED:
+            raise RuntimeError(f"The job ended {job.state}: {job.detail.get('sentence', '')}")
+        rows, _ = records.read(self._client.paths(job).attempt(job.attempt).records())
+        done = [row for row in rows if row["kind"] == "part" and row["state"] == "DONE"]
+        return max(row["started"] / 1000 + row["seconds"] for row in done) - min(row["started"] for row in done) / 1000
+
+    def _few(self) -> None:
+        """The first 4,000 variants as a store of four parts, their people known to the client's home."""
+        from tests.workloads.omics.made import table, write_bed
+
+        store = self.store("whole")
+        bed = write_bed(self.folder / "few", _codes(store, 4000), rows=table(min(4000, store.variants)))
+        spec = JobSpec(name="few", workload="omics/convert", inputs=(str(bed),), params={"part_variants": 1000})
+        client = self._client
+        assert client is not None
+        [job] = client.wait([job.id for job in client.submit(spec)])
+        target = self.folder / "store-few" / "job" / "out"
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(client.paths(job).results, target)
+        lines = (self.folder / "p.txt").read_text().splitlines()[1:]
+        head = " ".join(f"b{k}" for k in range(200))
+        told = [f"#IID {head} c0 c1 c2 c3 c4"]
+        for line in lines:
+            name, y, *x = line.split()
+            told.append(" ".join([name, *["1" if float(y) > 1 else "0"] * 200, *x]))
+        (self.folder / "b.txt").write_text("\n".join(told) + "\n")
+
+    def gigabytes(self) -> float:
+        """Of packed genotypes."""
+        store = self.store("gappy")
+        return store.variants * store.layout.row_bytes / 1e9
+
+    def on_gpu(self, what: str) -> float:
+        """GB/s of packed bytes, from this machine's memory to sums."""
+        import torch
+
+        if not torch.cuda.is_available():
+            raise LeftOutError("no CUDA device")
+        from permed_compute.workloads.omics import device
+
+        store = self.store("gappy")
+        rng = np.random.default_rng(0)
+        blocks = [store.packed(a, b) for a, b in store.chunks(0, store.variants)]
+        weight, right = rng.normal(size=(1000, 32)), rng.normal(size=(store.samples, 7))
+        table = np.tile([0.0, 1.0, 2.0, 0.0], (1000, 1))
+
+        def run() -> None:
+            for block in blocks:
+                if what == "score":
+                    device.score(block, weight[: len(block)], weight[: len(block)], store.samples, "cuda")
+                else:
+                    device.products(block, table[: len(block)], right, "cuda")
+
+        run()
+        began = time.perf_counter()
+        run()
+        return self.gigabytes() / (time.perf_counter() - began)
 
     def convert(self) -> float:
         self.store("gappy")

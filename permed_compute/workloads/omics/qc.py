@@ -1,7 +1,8 @@
 """Quality control of a store: variants, people, sex, relatedness, ancestry.
 
 Round 1: one pass over every block counts alleles, missing calls and heterozygotes, of variants and of people.
-Round 2: out of common variants that are well called, kinship of all pairs and principal components, or the place of
+Round 2: common variants that are well called are pruned by linkage, a part for every chromosome.
+Round 3: kinship of all pairs out of the common variants, principal components out of the pruned ones, or the place of
 these people on the components of others.
 
 Inputs: `genotypes`; optionally `loadings`: `loadings.tsv.gz` of an earlier job, to place these people on.
@@ -31,7 +32,7 @@ import numpy as np
 from permed_compute.errors import Finding
 from permed_compute.spec import JobSpec
 from permed_compute.storage.genotypes import GenotypeStore
-from permed_compute.workloads.omics import ancestry, counting, plots
+from permed_compute.workloads.omics import ancestry, counting, linkage, plots
 from permed_compute.workloads.omics import packed as bits
 from permed_compute.workloads.omics.counting import AlleleCounts
 from permed_compute.workloads.omics.params import Checked
@@ -41,6 +42,7 @@ from permed_compute.workloads.port import Context, DonePart, Map, Next, Part, Pa
 
 VERSION = "1"
 _MOST_FOR_KINSHIP = 10_000
+_MOST_FOR_LINKAGE = 5_000
 _PEOPLE = ("called", "het", "missing", "expected_het", "x_called", "x_het", "x_expected_het")
 _MALE_F, _FEMALE_F = 0.8, 0.2
 _LEAST_X = 20
@@ -56,6 +58,8 @@ class Params:
     maf: float = 0.01
     call_rate: float = 0.98
     most_variants: int = 20_000
+    prune_r2: float = 0.2
+    prune_window: int = 200
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Params:
@@ -64,6 +68,8 @@ class Params:
         checked.between("maf", 0, 0.5)
         checked.between("call_rate", 0, 1)
         checked.between("most_variants", 100, 1_000_000)
+        checked.between("prune_r2", 0.01, 1)
+        checked.between("prune_window", 2, 5000)
         return checked.done()
 
 
@@ -79,11 +85,21 @@ def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part
             )
             for part in range(store.layout.parts)
         ]  # fmt: skip
-    about = {"variants": state["chosen"]}
     everything = tuple(ctx.digest(file) for part in range(store.layout.parts) for file in store.files(part))
+    if "pruned" not in state:
+        given = {name: getattr(params, name) for name in ("maf", "call_rate", "prune_r2", "prune_window")}
+        return [
+            Part(
+                f"linkage-{name}",
+                (*header, *everything),
+                given | {"contig": name},
+                (str(store.root), *state["folders"]),
+            )
+            for name in state["contigs"]
+        ]
     parts = []
     if params.kinship and store.samples <= _MOST_FOR_KINSHIP and len(state["chosen"]):
-        given = about | {"kinship": params.kinship_least}
+        given = {"variants": state["chosen"], "kinship": params.kinship_least}
         parts.append(Part("kinship", (*header, *everything), given, (str(store.root),)))
     loadings = inputs_of(spec, "loadings")
     if loadings:
@@ -96,8 +112,13 @@ def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part
                 (str(store.root), str(loadings[0])),
             )
         )
-    elif params.components and len(state["chosen"]) > params.components < store.samples:
-        given = about | {"components": params.components, "tolerance": params.tolerance, "seed": spec.seed}
+    elif params.components and len(state["pruned"]) > params.components < store.samples:
+        given = {
+            "variants": state["pruned"],
+            "components": params.components,
+            "tolerance": params.tolerance,
+            "seed": spec.seed,
+        }
         parts.append(Part("components", (*header, *everything), given, (str(store.root),)))
     return parts
 
@@ -111,6 +132,8 @@ def run(part: Part, model: None, ctx: Context) -> PartResult:
         return _count(store, int(part.params["part"]), ctx)
     if part.name == "kinship":
         return _kinship(store, part, ctx)
+    if "contig" in part.params:
+        return _linkage(store, part, ctx)
     return _project(store, part, ctx) if "project" in part.params else _components(store, part, ctx)
 
 
@@ -155,14 +178,31 @@ def _chosen(store: GenotypeStore, part: Part) -> np.ndarray:
     return take_rows(store, rows)
 
 
-def take_rows(store: GenotypeStore, rows: np.ndarray) -> np.ndarray:
-    """(len(rows), bytes) packed genotypes of sorted rows; chunks without a wanted row are not read."""
+def take_rows(store: GenotypeStore, rows: np.ndarray, people: np.ndarray | None = None) -> np.ndarray:
+    """(len(rows), bytes) packed genotypes of sorted rows, of some people or all; chunks without a wanted row are not
+    read."""
     pieces = []
     for a, b in store.chunks(0, store.variants):
         inside = rows[np.searchsorted(rows, a) : np.searchsorted(rows, b)]
         if len(inside):
-            pieces.append(store.packed(a, b)[inside - a])
+            block = store.packed(a, b)[inside - a]
+            pieces.append(block if people is None else bits.take_samples(block, people))
     return np.concatenate(pieces)
+
+
+def _linkage(store: GenotypeStore, part: Part, ctx: Context) -> PartResult:
+    """`kept.npy`: rows of one chromosome that stay. Linkage is seen well enough in a few thousand people."""
+    params = Params(maf=part.params["maf"], call_rate=part.params["call_rate"])
+    rows = _common(store, _counts(part.sources[1:]), params)
+    rows = rows[store.contig()[rows] == store.contigs.index(part.params["contig"])]
+    people = np.unique(np.linspace(0, store.samples - 1, min(store.samples, _MOST_FOR_LINKAGE)).round().astype(int))
+    with ctx.stage("linkage"):
+        packed, window = take_rows(store, rows, people), int(part.params["prune_window"])
+        stays = linkage.independent(
+            packed, len(people), window=window, step=max(1, window // 4), r2=float(part.params["prune_r2"])
+        )
+    np.save(ctx.out / "kept.npy", rows[stays])
+    return PartResult({"variants": len(rows), "kept": int(stays.sum())})
 
 
 def _kinship(store: GenotypeStore, part: Part, ctx: Context) -> PartResult:
@@ -261,11 +301,24 @@ def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) 
         if len(done) != store.layout.parts:
             raise refuse("QC_INCOMPLETE", f"{store.layout.parts - len(done)} blocks could not be counted.")
         folders = [str(item.folder) for item in done]
-        following = {"folders": folders, "chosen": _choose(store, _counts(folders), params).tolist()}
-        if list(plan(ctx.spec, following, ctx)):
-            return Next(following)
-        return _tell(store, folders, [], ctx)
-    return _tell(store, state["folders"], results, ctx)
+        common = _common(store, _counts(folders), params)
+        following: dict[str, Any] = {"folders": folders, "chosen": _thinned(common, params).tolist()}
+        if params.components and params.prune_r2 < 1 and len(common) and not inputs_of(ctx.spec, "loadings"):
+            return Next(following | {"contigs": [store.contigs[k] for k in np.unique(store.contig()[common])]})
+        return _third_round(following | {"pruned": following["chosen"]}, store, ctx)
+    if "pruned" not in state:
+        rows = np.sort(np.concatenate([np.load(item.folder / "kept.npy") for item in results]))
+        if len(results) != len(state["contigs"]):
+            raise refuse("QC_INCOMPLETE", f"{len(state['contigs']) - len(results)} chromosomes could not be pruned.")
+        told = {"variants": sum(int(item.values["variants"]) for item in results), "kept": len(rows)}
+        return _third_round({**state, "pruned": _thinned(rows, params).tolist(), "linkage": told}, store, ctx)
+    return _tell(store, state["folders"], results, ctx, state.get("linkage"))
+
+
+def _third_round(following: dict[str, Any], store: GenotypeStore, ctx: Context) -> Result | Next:
+    if list(plan(ctx.spec, following, ctx)):
+        return Next(following)
+    return _tell(store, following["folders"], [], ctx, following.get("linkage"))
 
 
 def _counts(folders: Sequence[str]) -> AlleleCounts:
@@ -273,19 +326,25 @@ def _counts(folders: Sequence[str]) -> AlleleCounts:
     return AlleleCounts.joined([AlleleCounts(**{name: one[name] for name in AlleleCounts.__slots__}) for one in loaded])
 
 
-def _choose(store: GenotypeStore, counted: AlleleCounts, params: Params) -> np.ndarray:
-    """Sorted rows for round 2: autosomal, one ALT, common, well called; thinned evenly."""
+def _common(store: GenotypeStore, counted: AlleleCounts, params: Params) -> np.ndarray:
+    """Sorted rows that are autosomal, of one ALT, common, and well called."""
     p = counted.ac / np.maximum(counted.an, 1)
     kind = counting.kind_of([store.contigs[k] for k in store.contig()], store.position(), store.build)
     called = 1 - counted.missing / store.samples
     fit = (np.minimum(p, 1 - p) >= max(params.maf, 1e-9)) & (called >= params.call_rate)
-    rows = np.flatnonzero(fit & (kind == counting.AUTOSOME) & ~store.split())
+    return np.flatnonzero(fit & (kind == counting.AUTOSOME) & ~store.split())
+
+
+def _thinned(rows: np.ndarray, params: Params) -> np.ndarray:
     if len(rows) > params.most_variants:
         rows = rows[np.linspace(0, len(rows) - 1, params.most_variants).round().astype(int)]
     return rows
 
 
-def _tell(store: GenotypeStore, folders: Sequence[str], results: Sequence[DonePart], ctx: Context) -> Result:
+def _tell(
+    store: GenotypeStore, folders: Sequence[str], results: Sequence[DonePart], ctx: Context,
+    pruning: Mapping[str, int] | None,
+) -> Result:  # fmt: skip
     counted = _counts(folders)
     hwe = counting.hwe_exact(counted.het, counted.hom_ref, counted.hom_alt)
     _write_variants(ctx.out / "variants.tsv.gz", store, counted, hwe)
@@ -307,6 +366,8 @@ def _tell(store: GenotypeStore, folders: Sequence[str], results: Sequence[DonePa
         "monomorphic": int(np.sum((counted.ac == 0) | (counted.ac == counted.an))),
         "hwe_below_1e-6": int(np.sum(hwe < 1e-6)), "sex_disagrees": int(np.sum(table["sex_disagrees"])),
     }  # fmt: skip
+    if pruning:
+        values["linkage"] = dict(pruning)
     for item in results:
         values[item.part.name] = dict(item.values)
         for file in sorted(item.folder.iterdir()):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from permed_compute.storage.genotypes import GenotypeStore
+from permed_compute.workloads.omics import linkage
 from permed_compute.workloads.omics import packed as bits
 
 from .made import job, named, store_of, write_score
@@ -177,13 +178,22 @@ def test_logistic(plink2, linked, tmp_path, test, words, end):
     assert len(p) > 300 and p.max() <= 0.02 and np.nanmax(beta) <= 0.01 and np.nanmax(se) <= 0.01
 
 
+@pytest.mark.parametrize(("window", "step", "r2"), [(50, 5, 0.5), (100, 100, 0.1), (300, 10, 0.8)])
+def test_pruning_by_linkage_keeps_the_same_variants(plink2, linked, window, step, r2):
+    root, made = linked
+    run(plink2, root, "--pfile", "m", "--indep-pairwise", window, step, r2, "--out", "m")
+    stays = linkage.independent(made.packed(0, made.variants), made.samples, window=window, step=step, r2=r2)
+    kept = {str(name) for name in made.id()[stays]}
+    assert 50 < len(kept) < made.variants and kept == set((root / "m.prune.in").read_text().split())
+
+
 @pytest.mark.shared
 def test_components_and_kinship_of_real_people(plink2, shared_data, tmp_path):
     run(plink2, tmp_path, "--vcf", shared_data / "omics" / "tiny1000G.vcf.gz", "--sort-vars", "--chr", "1-22",
         "--thin-indiv-count", 800, "--seed", 1, "--make-pgen", "--out", "t")  # fmt: skip
     run(plink2, tmp_path, "--pfile", "t", "--pca", 3, "--make-king-table", "--king-table-filter", 0.1, "--out", "t")
     made, _ = store_of(tmp_path / "t.pgen", tmp_path / "c")
-    params = {"maf": 0.0, "call_rate": 0.0, "components": 3, "kinship_least": 0.1}
+    params = {"maf": 0.0, "call_rate": 0.0, "components": 3, "kinship_least": 0.1, "prune_r2": 1.0}
     outcome = job("omics/qc", tmp_path / "w", [named("genotypes", made.root)], **params)
     vectors = [
         np.loadtxt(path, skiprows=1, usecols=(1, 2, 3))

@@ -108,6 +108,8 @@ def test_the_job_and_its_tables(tmp_path):
     made, _ = store_of(bed, tmp_path / "c")
     outcome = job("omics/qc", tmp_path / "w", [named("genotypes", made.root)], components=2)
     assert not outcome.failures and outcome.result.values["sex_disagrees"] == 1
+    pruning = outcome.result.values["linkage"]
+    assert 2 < pruning["kept"] < pruning["variants"] <= 400
     told = read(outcome.context.out / "samples.tsv")
     assert [row["SEX_STATUS"] for row in told].count("PROBLEM") == 1 and told[6]["SEX_STATUS"] == "PROBLEM"
     pairs = read(outcome.context.out / "kinship.kin0")
