@@ -327,6 +327,10 @@ class RemoteService:
     def top(self) -> Standing:
         return Standing(**self.gateway.call("top"))
 
+    def preview(self, spec: JobSpec) -> Mapping[str, Any]:
+        row: Mapping[str, Any] = self.gateway.call("preview", spec=spec.canonical())
+        return row
+
     def preempt(self, job_id: str) -> Job:
         return self._job("preempt", job_id)
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from permed_compute.admission.commit import rows
 from permed_compute.admission.decide import decide
 from permed_compute.admission.explain import Explanation, explain
 from permed_compute.admission.fold import Picture
 from permed_compute.admission.permission import check
 from permed_compute.admission.policy import Policy
-from permed_compute.admission.snapshot import Node
+from permed_compute.admission.snapshot import Node, waiting_of
 from permed_compute.admission.top import Standing, standing
 from permed_compute.errors import NotFoundError, PermissionDeniedError, Problem, SpecError, StaleError, StateError
-from permed_compute.queue.port import Clock, Event, Job, Move, Queue, wall_clock
+from permed_compute.queue.port import Clock, Event, Job, Move, Queue, new_ids, wall_clock
 from permed_compute.queue.rows import event_row, job_row
 from permed_compute.spec import JobSpec, from_json
 from permed_compute.states import ENDED, JobState
@@ -58,6 +59,7 @@ class Service(Protocol):
     def resume(self, job_id: str) -> Job: ...
     def why(self, job_id: str) -> Explanation: ...
     def top(self) -> Standing: ...
+    def preview(self, spec: JobSpec) -> Mapping[str, Any]: ...
     def preempt(self, job_id: str) -> Job: ...
     def admin(self, reason: str, data: Mapping[str, Any]) -> Event: ...
     def events(self, *, job_id: str | None = None, after: int = 0, limit: int | None = None) -> list[Event]: ...
@@ -142,6 +144,27 @@ class JobService:
         job = self.queue.job(job_id)
         return explain(job, decide(snapshot, policy, now), snapshot, lambda other: self.queue.job(other).spec.name)
 
+    def preview(self, spec: JobSpec) -> Mapping[str, Any]:
+        """What would be decided now if it were submitted now, to a single job or an array's first element: starts_now,
+        code, why, change, grants (rows). Raises as `submit` does; nothing is written."""
+        now = self.clock()
+        snapshot, policy, _ = self._seen().see(now, self._nodes())
+        check(policy, spec, self.caller.name, self.caller.groups, now)
+        first = spec.element(0) if spec.array else spec
+        job = Job(new_ids(now, 1)[0], first, JobState.QUEUED, 1, 2**62, self.caller.name, 0, "preview", now, now, 0)
+        states = {other: self.queue.job(other).state for other in first.dependencies}
+        snapshot = replace(snapshot, waiting=(*snapshot.waiting, waiting_of(job, states)))
+        plan = decide(snapshot, policy, now)
+        said = explain(job, plan, snapshot, lambda other: self.queue.job(other).spec.name)
+        admission = next((each for each in plan.admissions if each.job_id == job.id), None)
+        return {
+            "starts_now": admission is not None,
+            "code": "admitted" if admission else said.code,
+            "why": admission.why if admission else said.sentence,
+            "change": "" if admission else said.change,
+            "grants": rows(admission.grants) if admission else [],
+        }
+
     def top(self) -> Standing:
         """Who uses what, who waits for what, and what starts when: the decision that would be taken now, as a table."""
         now = self.clock()
@@ -219,7 +242,8 @@ class JobService:
 # ----------------------------------------------------------------------------------------- over the socket
 
 _CALLS = (
-    "submit", "job", "jobs", "cancel", "hold", "release", "resume", "why", "events", "top", "preempt", "admin",
+    "submit", "job", "jobs", "cancel", "hold", "release", "resume", "why", "events", "top", "preview", "preempt",
+    "admin",
 )  # fmt: skip
 
 
@@ -230,10 +254,7 @@ def handle(service_for: Callable[[Any], JobService], caller: Any, call: str, arg
     service = service_for(caller)
     values = dict(args)
     if call == "submit":
-        try:
-            specs = [from_json(text) for text in values["specs"]]
-        except ValueError as error:
-            raise SpecError("the submitted job", [Problem("spec", str(error).splitlines()[0])]) from None
+        specs = [_spec(text) for text in values["specs"]]
         # Without their specs, which the caller has: an array's answer would carry one per element.
         return [job_row(job, spec=False) for job in service.submit(specs, held=bool(values.get("held")))]
     if call == "jobs":
@@ -247,6 +268,15 @@ def handle(service_for: Callable[[Any], JobService], caller: Any, call: str, arg
         return service.why(values["job_id"]).as_dict()
     if call == "top":
         return service.top().as_dict()
+    if call == "preview":
+        return service.preview(_spec(values["spec"]))
     if call == "admin":
         return event_row(service.admin(values["reason"], values["data"]))
     return job_row(getattr(service, call)(values["job_id"]))
+
+
+def _spec(text: str) -> JobSpec:
+    try:
+        return from_json(text)
+    except ValueError as error:
+        raise SpecError("the submitted job", [Problem("spec", str(error).splitlines()[0])]) from None

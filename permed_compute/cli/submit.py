@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,35 +71,11 @@ def _list(console: Any, jobs: list[Job]) -> None:
 
 
 def preview(client: Client, spec: JobSpec) -> dict[str, Any]:
-    """What would be decided now: the same snapshot and the same `decide` that the controller uses."""
-    from permed_compute.admission.decide import decide
-    from permed_compute.admission.explain import explain
-    from permed_compute.admission.snapshot import Policy, take
-    from permed_compute.execution.device import local_node
-    from permed_compute.queue.port import Job, new_id, wall_clock
-    from permed_compute.states import ENDED, JobState
-
-    now = wall_clock()
-    job = Job(new_id(now), spec, JobState.QUEUED, 1, 2**62, "", 0, "dry-run", now, now, 0)
-    others = client.service.jobs(states=set(JobState) - ENDED)
-    wanted = {other for each in (*others, job) if each.state is JobState.QUEUED for other in each.spec.dependencies}
-    states = {other: client.service.job(other).state for other in wanted}
-    nodes = (local_node(client.settings),)
-    plan = decide(
-        take(nodes, [*others, job], states, grace_ms=client.settings.grace * 1000), Policy(), now
-    )  # fmt: skip
-    admission = next((each for each in plan.admissions if each.job_id == job.id), None)
-    names = {other.id: other.spec.name for other in others}
-    said = explain(job, plan, None, lambda other: names.get(other, "")).as_dict()
-    grants = admission.grants if admission else ()
+    """What would be decided now, by the policy in force, and what stands in the inputs."""
     return {
         "name": spec.name, "workload": spec.workload, "digest": spec.digest(), "elements": max(1, len(spec.array)),
-        "starts_now": admission is not None, "why": admission.why if admission else said["sentence"],
-        "change": "" if admission else said["change"], "code": "admitted" if admission else said["code"],
-        "grants": [{"node": g.node, "flavor": g.flavor, "cpus": g.cpu_milli / 1000, "memory_mib": g.memory,
-                    "gpus": g.gpu_milli / 1000, "devices": list(g.devices)} for g in grants],
-        "inputs": [_input_row(ref.name, Path(ref.path)) for ref in spec.inputs], "notes": notes(spec),
-        "scope": list(spec.scope()),
+        **client.service.preview(spec), "inputs": [_input_row(ref.name, Path(ref.path)) for ref in spec.inputs],
+        "notes": notes(spec), "scope": list(spec.scope()),
     }  # fmt: skip
 
 
@@ -117,9 +94,7 @@ def _shown(row: dict[str, Any]) -> Any:
     from rich.text import Text
 
     each = row["grants"][0] if row["grants"] else None
-    workers = (
-        f"{len(row['grants'])} × {each['cpus']:g} CPU, {each['memory_mib']} MiB, on {each['flavor']}" if each else ""
-    )
+    workers = f"{len(row['grants'])} × {_worker(each)}" if each else ""
     verdict = Text("would start now", "green") if row["starts_now"] else Text("would wait", "yellow")
     inputs = [
         (f"input {i['name']}", f"{i['path']}: " + (f"{i['files']} files, {words.size(i['bytes'])}" if i["exists"]
@@ -131,3 +106,7 @@ def _shown(row: dict[str, Any]) -> Any:
         ("elements", row["elements"] if row["elements"] > 1 else ""), ("decision", verdict), ("workers", workers),
         ("why", row["why"]), ("to change it", row["change"]), *inputs, ("scope", " · ".join(row["scope"])),
     ])  # fmt: skip
+
+
+def _worker(grant: Mapping[str, Any]) -> str:
+    return f"{grant['cpu_milli'] / 1000:g} CPU, {grant['memory']} MiB, on {grant['flavor']}"

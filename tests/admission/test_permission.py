@@ -60,3 +60,17 @@ def test_without_a_policy_everybody_may_use_local_and_with_one_the_service_refus
         service.submit([spec("local")])
     service.submit([spec("helse/nord")])
     assert [event.reason for event in queue.events() if event.action == "NOTED"] == ["policy"]
+
+
+def test_a_preview_goes_by_the_policy_in_force_and_writes_nothing() -> None:
+    queue = MemoryQueue()
+    nodes = (Node("n", 4000, 4096),)
+    service = JobService(queue, Caller("kari", operator=False), lambda: nodes)
+    assert service.preview(spec("local"))["starts_now"]
+    JobService(queue, Caller("root", operator=True), lambda: nodes).admin("policy", {"policy": POLICY.row()})
+    before = queue.head()
+    with pytest.raises(PermissionDeniedError):
+        service.preview(spec("local"))
+    told = service.preview(spec("helse/nord"))
+    assert told["starts_now"] and [grant["node"] for grant in told["grants"]] == ["n"]
+    assert queue.head() == before and queue.jobs() == []
