@@ -122,7 +122,10 @@ def project(packed: np.ndarray, samples: int, frequency: np.ndarray, loadings: n
 
 @dataclass(frozen=True, slots=True)
 class Kinship:
-    """All pairs: (samples, samples) float32; `kinship` is symmetric, `variants` are those where both are called."""
+    """Pairs of two groups: (one, two) float32; of one group with itself it is symmetric.
+
+    `variants` are those where both are called.
+    """
 
     kinship: np.ndarray
     het_het: np.ndarray
@@ -130,32 +133,39 @@ class Kinship:
     variants: np.ndarray
 
 
-def king(packed: np.ndarray, samples: int) -> Kinship:
+_MARKS = {"het": [0, 1, 0, 0], "ref": [1, 0, 0, 0], "alt": [0, 0, 1, 0], "known": [1, 1, 1, 0]}
+
+
+def king(packed: np.ndarray, samples: int, others: np.ndarray | None = None, other_samples: int = 0) -> Kinship:
     """KING-robust kinship between families (Manichaikul 2010, equation 11; as plink2 has it), missing calls by pairs.
 
-    Memory: six matrices of samples² float32. Sums of ones stay exact in float32 up to 16 million variants.
+    Of all pairs in one group, or between it and `others` (the same rows). Memory: six matrices of one × two float32.
+    Sums of ones stay exact in float32 up to 16 million variants.
     """
-    packed = np.ascontiguousarray(packed)
-    one = np.ones((len(packed), 1), np.float32)
-    het_het, ibs0, called, het_called = (torch.zeros(samples, samples) for _ in range(4))
-    marks = {
-        "het": [0, 1, 0, 0], "ref": [1, 0, 0, 0], "alt": [0, 0, 1, 0], "known": [1, 1, 1, 0],
-    }  # fmt: skip
+    size = samples, samples if others is None else other_samples
+    het_het, ibs0, called, first_het, second_het = (torch.zeros(*size) for _ in range(5))
     rows = 2048
     for start in range(0, len(packed), rows):
-        block = packed[start : start + rows]
-        which = {}
-        for name, values in marks.items():
-            view = np.empty((len(block), 4 * packed.shape[1]), np.float32)
-            bits.unpack_table(block, one[: len(block)] * np.array(values, np.float32), 0, view)
-            which[name] = torch.from_numpy(view)[:, :samples]
-        het_het += which["het"].T @ which["het"]
-        opposite = which["ref"].T @ which["alt"]
-        ibs0 += opposite + opposite.T
-        called += which["known"].T @ which["known"]
-        het_called += which["het"].T @ which["known"]
-    least = torch.minimum(het_called, het_called.T)
-    differing = 4 * ibs0 + het_called + het_called.T - 2 * het_het
+        one = _indicators(packed[start : start + rows], samples)
+        two = one if others is None else _indicators(others[start : start + rows], other_samples)
+        het_het += one["het"].T @ two["het"]
+        ibs0 += one["ref"].T @ two["alt"] + one["alt"].T @ two["ref"]
+        called += one["known"].T @ two["known"]
+        first_het += one["het"].T @ two["known"]
+        second_het += one["known"].T @ two["het"]
+    least = torch.minimum(first_het, second_het)
+    differing = 4 * ibs0 + first_het + second_het - 2 * het_het
     kinship = 0.5 - differing / (4 * torch.clamp(least, min=1))
     kinship[least == 0] = float("nan")
     return Kinship(kinship.numpy(), het_het.numpy(), ibs0.numpy(), called.numpy())
+
+
+def _indicators(block: np.ndarray, samples: int) -> dict[str, torch.Tensor]:
+    block = np.ascontiguousarray(block)
+    one = np.ones((len(block), 1), np.float32)
+    found = {}
+    for name, values in _MARKS.items():
+        view = np.empty((len(block), 4 * block.shape[1]), np.float32)
+        bits.unpack_table(block, one * np.array(values, np.float32), 0, view)
+        found[name] = torch.from_numpy(view)[:, :samples]
+    return found

@@ -40,6 +40,17 @@ def histogram(values: np.ndarray, path: Path, label: str, *, mark: float | None 
     _save(figure, path)
 
 
+def counted(counts: np.ndarray, edges: np.ndarray, path: Path, label: str, *, mark: float) -> None:
+    """A histogram that was counted elsewhere, on a log scale."""
+    figure, axes = _axes()
+    axes.stairs(counts, edges, fill=True, color=_ACCENT)
+    axes.set_yscale("log")
+    axes.axvline(mark, color=_INK, linewidth=1, linestyle="--")
+    axes.set_xlabel(label)
+    axes.set_ylabel("count")
+    _save(figure, path)
+
+
 def scatter(x: np.ndarray, y: np.ndarray, path: Path, labels: tuple[str, str]) -> None:
     figure, axes = _axes(5.2, 4.6)
     axes.scatter(x, y, s=5, color=_ACCENT, alpha=0.6, linewidths=0, rasterized=True)

@@ -24,6 +24,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,12 @@ from permed_compute.workloads.omics.read import refuse
 from permed_compute.workloads.port import Context, DonePart, Map, Next, Part, PartResult, Result
 
 VERSION = "1"
-_MOST_FOR_KINSHIP = 10_000
+_GROUP = 10_000
+"""People whose kinship with each other, or with as many others, is one part: 2.4 GB."""
 _MOST_FOR_LINKAGE = 5_000
 _PEOPLE = ("called", "het", "missing", "expected_het", "x_called", "x_het", "x_expected_het")
+_TWINS = 0.354
+_KINSHIPS = np.linspace(-0.5, 0.55, 106)
 _MALE_F, _FEMALE_F = 0.8, 0.2
 _LEAST_X = 20
 """Fewer X variants than this say nothing about sex."""
@@ -98,9 +102,12 @@ def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part
             for name in state["contigs"]
         ]
     parts = []
-    if params.kinship and store.samples <= _MOST_FOR_KINSHIP and len(state["chosen"]):
+    if params.kinship and len(state["chosen"]):
         given = {"variants": state["chosen"], "kinship": params.kinship_least}
-        parts.append(Part("kinship", (*header, *everything), given, (str(store.root),)))
+        for one, two in combinations_with_replacement(range(-(-store.samples // _GROUP)), 2):
+            groups = [[k * _GROUP, min((k + 1) * _GROUP, store.samples)] for k in (one, two)]
+            name = f"kinship-{one:03d}-{two:03d}"
+            parts.append(Part(name, (*header, *everything), given | {"groups": groups}, (str(store.root),)))
     loadings = inputs_of(spec, "loadings")
     if loadings:
         given = {"project": True}
@@ -130,7 +137,7 @@ def run(part: Part, model: None, ctx: Context) -> PartResult:
     store = GenotypeStore(Path(part.sources[0]))
     if "part" in part.params:
         return _count(store, int(part.params["part"]), ctx)
-    if part.name == "kinship":
+    if "kinship" in part.params:
         return _kinship(store, part, ctx)
     if "contig" in part.params:
         return _linkage(store, part, ctx)
@@ -206,21 +213,45 @@ def _linkage(store: GenotypeStore, part: Part, ctx: Context) -> PartResult:
 
 
 def _kinship(store: GenotypeStore, part: Part, ctx: Context) -> PartResult:
+    """`kinship.kin0`: related pairs of one group of people, or between two; `seen.npy`: how many pairs by kinship."""
+    (a, b), (c, d) = part.params["groups"]
+    rows = np.asarray(part.params["variants"], np.int64)
     with ctx.stage("kinship"):
-        found = ancestry.king(_chosen(store, part), store.samples)
+        first = take_rows(store, rows, np.arange(a, b))
+        same = (a, b) == (c, d)
+        others = None if same else take_rows(store, rows, np.arange(c, d))
+        found = ancestry.king(first, b - a, others, d - c)
     least = float(part.params["kinship"])
-    one, two = np.nonzero(np.triu(np.nan_to_num(found.kinship, nan=-1) >= least, 1))
+    pairs = np.triu(np.ones(found.kinship.shape, bool), 1) if same else np.ones(found.kinship.shape, bool)
+    one, two = np.nonzero(pairs & (np.nan_to_num(found.kinship, nan=-1) >= least))
     with (ctx.out / "kinship.kin0").open("w", encoding="utf-8") as file:
-        file.write("#IID1\tIID2\tNSNP\tHETHET\tIBS0\tKINSHIP\n")
         for i, j in zip(one, two, strict=True):
             nsnp = max(float(found.variants[i, j]), 1.0)
             file.write(
-                f"{store.sample_id[i]}\t{store.sample_id[j]}\t{int(nsnp)}\t{found.het_het[i, j] / nsnp:.6g}"
+                f"{store.sample_id[a + i]}\t{store.sample_id[c + j]}\t{int(nsnp)}\t{found.het_het[i, j] / nsnp:.6g}"
                 f"\t{found.ibs0[i, j] / nsnp:.6g}\t{found.kinship[i, j]:.6g}\n"
             )
-    pairs = found.kinship[np.triu_indices(store.samples, 1)]
-    plots.histogram(pairs, ctx.out / "kinship.png", "kinship of all pairs (KING-robust)", mark=least, log=True)
-    return PartResult({"pairs": len(pairs), "related": len(one), "twins_or_duplicates": int(np.sum(pairs >= 0.354))})
+    seen, _ = np.histogram(np.clip(np.nan_to_num(found.kinship[pairs], nan=-1), _KINSHIPS[0], _KINSHIPS[-1]), _KINSHIPS)
+    np.save(ctx.out / "seen.npy", seen)
+    numbers = found.kinship[pairs]
+    return PartResult(
+        {"pairs": len(numbers), "related": len(one), "twins_or_duplicates": int(np.sum(numbers >= _TWINS))}
+    )
+
+
+def _related(results: Sequence[DonePart], params: Params, ctx: Context) -> dict[str, Any]:
+    """One table and one picture of the groups' pairs."""
+    done = sorted((item for item in results if "kinship" in item.part.params), key=lambda item: item.part.name)
+    if not done:
+        return {}
+    with (ctx.out / "kinship.kin0").open("w", encoding="utf-8") as file:
+        file.write("#IID1\tIID2\tNSNP\tHETHET\tIBS0\tKINSHIP\n")
+        for item in done:
+            file.write((item.folder / "kinship.kin0").read_text(encoding="utf-8"))
+    seen = sum(np.load(item.folder / "seen.npy") for item in done)
+    title = "kinship of all pairs (KING-robust)"
+    plots.counted(seen, _KINSHIPS, ctx.out / "kinship.png", title, mark=params.kinship_least)
+    return {name: sum(int(item.values[name]) for item in done) for name in done[0].values}
 
 
 def _components(store: GenotypeStore, part: Part, ctx: Context) -> PartResult:
@@ -368,7 +399,13 @@ def _tell(
     }  # fmt: skip
     if pruning:
         values["linkage"] = dict(pruning)
+    related = _related(results, Params.of(ctx.spec.params), ctx)
+    if related:
+        values["kinship"] = related
+        figures.append(("kinship.png", "Kinship"))
     for item in results:
+        if "kinship" in item.part.params:
+            continue
         values[item.part.name] = dict(item.values)
         for file in sorted(item.folder.iterdir()):
             if file.name != "part.json":
@@ -428,9 +465,6 @@ def _notes(store: GenotypeStore, values: Mapping[str, Any]) -> list[Finding]:
                              numbers={"people": number}))  # fmt: skip
     if not store.sex.any() and "X" in store.contigs:
         notes.append(Finding("SEX_UNKNOWN", "Nobody's sex is on record: on X everybody counts as a woman.", "note"))
-    if store.samples > _MOST_FOR_KINSHIP:
-        notes.append(Finding("KINSHIP_LEFT_OUT", f"Kinship of all pairs is computed up to {_MOST_FOR_KINSHIP} people.",
-                             "note", numbers={"people": store.samples}))  # fmt: skip
     return notes
 
 

@@ -136,6 +136,14 @@ def test_a_low_match_is_refused_with_counted_reasons_and_others_go_on(cohort, tm
     assert len(log(outcome, "BAD")) == 60
 
 
+def test_a_score_that_shares_no_variant_is_refused(cohort, tmp_path):
+    _, made, _ = cohort
+    file = write_score(tmp_path / "s.txt", [("9", p, a, r, 1.0) for _, p, _, r, a in table(60)])
+    outcome = job("omics/prs", tmp_path / "w", [named("genotypes", made.root), named("score", file)])
+    (error,) = outcome.failures.values()
+    assert error.finding.code == "LOW_MATCH" and error.finding.numbers == {"rows": 60, "matched": 0, "absent": 60}
+
+
 def test_another_build_is_refused(cohort, tmp_path):
     _, made, _ = cohort
     file = write_score(tmp_path / "s.txt", [(c, p, a, r, 1.0) for c, p, _, r, a in table(60)], build="GRCh37")

@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from permed_compute.workloads.omics import ancestry, counting
+from permed_compute.workloads.omics import ancestry, counting, qc
 from permed_compute.workloads.omics import packed as bits
 
 from .made import genotypes, job, named, store_of, write_bed
@@ -126,6 +126,22 @@ def test_the_job_and_its_tables(tmp_path):
                 named("loadings", outcome.context.out / "loadings.tsv.gz")], kinship=False)  # fmt: skip
     vectors = [np.loadtxt(o.context.out / "components.eigenvec", skiprows=1, usecols=(1, 2)) for o in (outcome, again)]
     assert vectors[1] == pytest.approx(vectors[0], abs=1e-4)
+
+
+def test_kinship_by_groups_of_people_is_the_same(tmp_path, monkeypatch):
+    copies = structured(300, 30)
+    copies[np.random.default_rng(2).random(copies.shape) < 0.03] = 3
+    made, _ = store_of(write_bed(tmp_path / "in" / "a", copies), tmp_path / "c")
+    tables = []
+    for size in (100, 25):
+        monkeypatch.setattr(qc, "_GROUP", size)
+        outcome = job("omics/qc", tmp_path / str(size), [named("genotypes", made.root)], components=0,
+                      kinship_least=0.05, call_rate=0.5)  # fmt: skip
+        assert len(outcome.done) == {100: 1, 25: 6}[size]
+        rows = read(outcome.context.out / "kinship.kin0")
+        tables.append({frozenset((row["#IID1"], row["IID2"])): row["KINSHIP"] for row in rows})
+        assert outcome.result.values["kinship"] == {"pairs": 1770, "related": len(rows), "twins_or_duplicates": 1}
+    assert tables[0] == tables[1]
 
 
 def test_inbreeding_and_missing_of_people():
