@@ -27,14 +27,15 @@ from permed_compute.errors import (
 from permed_compute.paths import HomePaths
 from permed_compute.spec import JobSpec
 from permed_compute.testing.context import LocalContext, run_map
-from permed_compute.workloads.radiology import answer, read, sample, worklist
+from permed_compute.workloads.radiology import answer, pet, read, sample, worklist
 from permed_compute.workloads.radiology.archives import read_archives
 from permed_compute.workloads.radiology.orders import read_orders
 from permed_compute.workloads.radiology.pacs import Archive, ArchiveError
 
-from .made import write
+from .made import sha256, write
 from .orthanc import PASSWORD, Orthanc
 from .test_infer import Threshold
+from .test_pet import edit as pet_edit
 
 pytestmark = pytest.mark.orthanc
 QUICK = replace(worklist.WORKLOAD, model=lambda spec, ctx: Threshold(), model_digest=lambda spec, ctx: Threshold.digest)
@@ -223,6 +224,9 @@ def test_killed_in_the_middle_and_repeated_the_archive_holds_each_once(orthanc, 
     said, complaint = again.communicate(timeout=120)
     assert again.returncode == 0, complaint
     assert json.loads(said)["counts"] == {"done": 10, "rejected": 0, "failed": 0}
+    told = permed("radiology", "answer", json.loads(said)["job"], "--to", str(tmp_path / "again"), "--json")
+    assert json.loads(told.communicate(timeout=60)[0])["counts"]["done"] == 10
+    assert (tmp_path / "again" / "answer.csv").read_bytes() == (tmp_path / "answer" / "answer.csv").read_bytes()
     for study in studies:
         assert modalities(orthanc, study) - before[study] == {"SEG": 1, "SR": 1}
     (results,) = (tmp_path / "home" / "jobs").glob("*/results/parts")
@@ -323,6 +327,48 @@ def test_an_archive_that_does_not_answer_fails_each_row_with_its_reason(orthanc,
     assert len(outcome.failures) == 5 and not outcome.done
     assert all(isinstance(error, WorkloadError) for error in outcome.failures.values())
     assert words in " ".join(map(str, outcome.failures.values()))
+
+
+def test_one_study_that_the_archive_chokes_on_does_not_stop_the_batch(orthanc, ten, tmp_path, monkeypatch):
+    (_, first), (_, second), _ = rows = ten_rows(ten)[:3]
+    instances, fetch = Archive.instances, Archive.fetch
+
+    def listing(self: Archive, study: str) -> object:
+        if study == first:
+            raise ArchiveError("Archive pacs answered with an error (500).")
+        return instances(self, study)
+
+    def fetching(self: Archive, study: str, *words: object) -> int:
+        if study == second:
+            raise ArchiveError("Archive pacs did not answer within 20 s.")
+        return fetch(self, study, *words)
+
+    monkeypatch.setattr(Archive, "instances", listing)
+    monkeypatch.setattr(Archive, "fetch", fetching)
+    outcome = run_map(QUICK, spec(orthanc, listed(tmp_path, *rows)), tmp_path / "work")
+    assert [done.part.sources[0][-2:] for done in outcome.done] == ["#3"]
+    assert sorted(str(error)[:40] for error in outcome.failures.values()) == [
+        "Archive pacs answered with an error (500)"[:40], "Archive pacs did not answer within 20 s."[:40],
+    ]  # fmt: skip
+    assert all(name.startswith("item-") for name in outcome.failures)
+
+
+def test_pet_comes_back_with_suvs(orthanc, tmp_path):
+    import highdicom
+
+    uid = worklist_uid("pet")
+    write(tmp_path / "in", series="pet", edit=lambda k, ds: with_(StudyInstanceUID=uid)(k, pet_edit()(k, ds)))
+    push(orthanc, tmp_path / "in")
+    job = spec(orthanc, listed(tmp_path, ("", uid)), returns=["pacs"], modalities=["PT"])
+    (done,) = run_map(QUICK, job, tmp_path / "work").done
+    ((series, figures),) = done.values["series"].items()
+    suv = pet.as_suv(read.assemble(read.scan(read.find(tmp_path / "in"), sha256).series[0]))[0].array
+    assert figures["Brain"]["suv_max"] == pytest.approx(float(suv.max()), rel=1e-4)
+    (group,) = highdicom.sr.srread(
+        done.folder / f"{series}-measurements.dcm"
+    ).content.get_volumetric_roi_measurement_groups()
+    named = {(m.name.value, m.derivation.value if m.derivation else "") for m in group.get_measurements()}
+    assert ("126401", "56851009") in named and "PET_SUV" in done.values["findings"]
 
 
 def test_images_that_come_while_a_study_is_computed_are_not_overlooked(orthanc, tmp_path):
