@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from permed_compute.storage.genotypes import GenotypeStore
-from permed_compute.workloads.omics import linkage
+from permed_compute.workloads.omics import linkage, scores
 from permed_compute.workloads.omics import packed as bits
 
 from .made import job, named, store_of, write_score
@@ -102,6 +102,54 @@ def test_hwe(plink2, dummy, tmp_path):
     ours = read(outcome.context.out / "variants.tsv.gz")
     pairs = np.array([(float(ours[name]["P"]), float(row["P"])) for name, row in theirs.items()])
     assert np.abs(np.diff(np.log10(pairs), axis=1)).max() < 1e-4
+
+
+def test_counts_and_hwe_of_simulated_people(plink2, linked, tmp_path):
+    root, made = linked
+    run(plink2, root, "--pfile", "m", "--geno-counts", "--hardy", "--out", "m")
+    same_counts(read(root / "m.gcount"), read(root / "m.hardy"), made, tmp_path)
+
+
+@pytest.mark.shared
+def test_counts_hwe_and_a_catalog_score_of_real_people(plink2, tiny_store, shared_data, tmp_path):
+    """`tiny1000G`, autosomes, and `PGS001229` cut to the variants that are there."""
+    run(plink2, tmp_path, "--vcf", shared_data / "omics" / "tiny1000G.vcf.gz", "--sort-vars", "--chr", "1-22",
+        "--set-all-var-ids", "@:#:$r:$a", "--new-id-max-allele-len", 300, "--make-pgen", "--out", "t")  # fmt: skip
+    run(plink2, tmp_path, "--pfile", "t", "--geno-counts", "--hardy", "--out", "t")
+    made, _ = store_of(tmp_path / "t.pgen", tmp_path / "c", build="GRCh38")
+    same_counts(read(tmp_path / "t.gcount"), read(tmp_path / "t.hardy"), made, tmp_path / "q")
+    score = scores.read_score(shared_data / "omics" / "PGS001229_hmPOS_GRCh38.txt.gz")
+    match = scores.Index(tiny_store).match(score, scores.Policy(ambiguous="keep"))
+    kept = [k for k in match.used.tolist() if score.rows[k].contig.isdigit()]
+    rows = [(r.contig, r.position, r.effect, r.other, repr(r.weight)) for r in (score.rows[k] for k in kept)]
+    assert len(rows) > 900
+    alleles, names = tiny_store.alleles(), []
+    for k in kept:
+        ref, alt = alleles[match.store_row[k]]
+        effect = ref if match.counts_ref[k] else alt
+        row = score.rows[k]
+        names.append(f"{row.contig}:{row.position}:{ref}:{alt} {effect} {row.weight!r}")
+    (tmp_path / "w.txt").write_text("ID A s\n" + "\n".join(names) + "\n")
+    run(plink2, tmp_path, "--pfile", "t", "--score", "w.txt", 1, 2, 3, "header-read", "cols=+scoresums", "--out", "s")
+    theirs = list(read(tmp_path / "s.sscore", "IID").values())
+    file = write_score(tmp_path / "cut.txt", rows)
+    outcome = job("omics/prs", tmp_path / "p", [named("genotypes", tiny_store.root), named("score", file)],
+                  ambiguous="keep")  # fmt: skip
+    ours = list(read(outcome.context.out / "S1.sscore", "IID").values())
+    assert len(ours) == 3202
+    assert np.abs(column(ours, "S1_SUM") - column(theirs, "s_SUM", "SCORE1_SUM")).max() <= 1e-5
+
+
+def same_counts(counted: dict, hardy: dict, made: GenotypeStore, place: Path) -> None:
+    outcome = job("omics/qc", place, [named("genotypes", made.root)], components=0, kinship=False)
+    ours = read(outcome.context.out / "variants.tsv.gz")
+    assert set(ours) == set(counted) and len(ours) > 300
+    for name, row in counted.items():
+        wanted = (row["HOM_REF_CT"], row["HET_REF_ALT_CTS"], row["TWO_ALT_GENO_CTS"], row["MISSING_CT"])
+        mine = ours[name]
+        assert (mine["HOM_REF_CT"], mine["HET_CT"], mine["HOM_ALT_CT"], mine["MISSING_CT"]) == wanted
+    pairs = np.array([(float(ours[name]["P"]), float(row["P"])) for name, row in hardy.items()])
+    assert np.abs(np.diff(np.log10(np.maximum(pairs, 1e-300)), axis=1)).max() < 1e-4
 
 
 @pytest.mark.parametrize("count", [1, 6])
