@@ -56,7 +56,8 @@ class State:
     windows: tuple[Window, ...] = ()
     _usage: Decayed | None = None
     _held: dict[str, tuple[str, dict[str, int], int]] = field(default_factory=dict)
-    _live: dict[str, Reservation] = field(default_factory=dict)
+    _live: dict[str, Reservation | None] = field(default_factory=dict)
+    """None: to be made when somebody looks, so that years of history cost only what is left of them."""
     _waiting: dict[str, Waiting] = field(default_factory=dict)
     _dependents: dict[str, set[str]] = field(default_factory=dict)
     _kept: dict[str, int] = field(default_factory=dict)
@@ -77,7 +78,10 @@ class State:
         """What `decide` may look at, now. `nodes` where the log does not say what there is."""
         there = self.nodes if nodes is None else nodes
         drained = tuple(n.name for n in there) if EVERYWHERE in self.drained else self.drained
-        live = sorted(self._live.values(), key=lambda job: self.jobs[job.job_id].seq)
+        for job_id, held in self._live.items():
+            if held is None:
+                self._live[job_id] = self._reservation(self.jobs[job_id])
+        live = sorted((held for held in self._live.values() if held), key=lambda job: self.jobs[job.job_id].seq)
         waiting = sorted(self._waiting.values(), key=lambda job: job.seq)
         return Snapshot(
             there, tuple(live), tuple(waiting), self._usage.peek(now) if self._usage else {}, drained, self.frozen,
@@ -101,11 +105,12 @@ class State:
     def _keep(self, job: Job, at: int) -> None:
         before = self.jobs.get(job.id)
         self.jobs[job.id] = job
-        self._account(job, at)
+        if before is None or before.detail is not job.detail or (before.state in LIVE) != (job.state in LIVE):
+            self._account(job, at)
         self._live.pop(job.id, None)
         self._waiting.pop(job.id, None)
         if job.state in LIVE:
-            self._live[job.id] = self._reservation(job)
+            self._live[job.id] = None
         elif job.state is JobState.QUEUED:
             for other in job.spec.dependencies:
                 self._dependents.setdefault(other, set()).add(job.id)
@@ -172,7 +177,7 @@ class State:
                 self.windows = tuple(window for window in self.windows if window.name != data["name"])
             case "checkpoint" if event.job_id in self._live:
                 self._kept[event.job_id] = int(data["at"])
-                self._live[event.job_id] = self._reservation(self.jobs[event.job_id])
+                self._live[event.job_id] = None
 
 
 def fold(events: Iterable[Event], spec_of: SpecOf, *, grace_ms: int = 30_000) -> State:
@@ -196,16 +201,11 @@ def _submitted(event: Event, spec: JobSpec) -> Job:
 
 def _moved(job: Job, event: Event) -> Job:
     data = event.data
-    return replace(
-        job,
-        state=JobState(event.after),
-        version=int(data["version"]),
-        attempt=int(data.get("attempt", job.attempt)),
-        reason=event.reason,
-        changed_at=event.at,
-        started_at=int(data.get("started_at", job.started_at)),
-        detail=data.get("detail", job.detail),
-    )
+    return Job(
+        job.id, job.spec, JobState(event.after), int(data["version"]), job.seq, job.owner,
+        int(data.get("attempt", job.attempt)), event.reason, job.submitted_at, event.at,
+        int(data.get("started_at", job.started_at)), job.array_id, job.array_index, data.get("detail", job.detail),
+    )  # fmt: skip
 
 
 def node_row(node: Node) -> dict[str, Any]:
@@ -264,10 +264,11 @@ class Picture:
     def _learn(self, ids: list[str]) -> None:
         """The specs of new jobs, in few reads."""
         ids = [job_id for job_id in ids if job_id not in self._specs]
-        if len(ids) > 3:
+        if not self._state.seq:  # at first, of all there are
+            self._specs |= {job.id: job.spec for job in self._queue.jobs()}
+        elif len(ids) > 3:
             wanted = set(ids)
-            many = len(ids) if self._state.seq else None  # at first, all there are
-            self._specs |= {job.id: job.spec for job in self._queue.jobs(limit=many) if job.id in wanted}
+            self._specs |= {job.id: job.spec for job in self._queue.jobs(limit=len(ids)) if job.id in wanted}
         for job_id in ids:
             if job_id not in self._specs:
                 self._specs[job_id] = self._queue.job(job_id).spec
