@@ -2,7 +2,7 @@
 
     <register>/releases/0001/public/     what may leave: frequencies.parquet, beacon.jsonl.gz, release.json
     <register>/releases/0001/private/    members.json, aside.json: who was counted and who was not, by pseudonym, for
-                                         the next release's checks
+                                         the next release's checks; facts.json: how many cells a difference withheld
     <register>/audit.jsonl               one line a release, each with the digest of the line before
 
 A release is made elsewhere and renamed into place; its number is the next. The whole folder has mode 0700.
@@ -32,8 +32,11 @@ class Release:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = read_json(self.folder / "public" / "release.json") or {}
-        return found
+        """What the release says of itself, and what is said of it here only."""
+        public, private = (
+            read_json(self.folder / name) or {} for name in ("public/release.json", "private/facts.json")
+        )
+        return {**public, **private}
 
     @property
     def table(self) -> Path:

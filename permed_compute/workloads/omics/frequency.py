@@ -38,7 +38,7 @@ from permed_compute.workloads.omics.prs import inputs_of, open_store
 from permed_compute.workloads.omics.read import refuse
 from permed_compute.workloads.port import Context, DonePart, Map, Part, PartResult, Result
 
-VERSION = "1"
+VERSION = "2"
 TOTAL = "TOTAL"
 _TURNS = 20
 """Draws before a population is called too small to exchange people with every earlier release."""
@@ -247,7 +247,9 @@ def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) 
         (made / "private").mkdir(exist_ok=True, mode=0o700)
         pq.write_table(_table(store, new, names), made / "public" / "frequencies.parquet", compression="zstd")
         _write_beacon(made / "public" / "beacon.jsonl.gz", store, new, names, facts)
-        write_json(made / "public" / "release.json", facts)
+        # Which rule withheld a cell is nobody's business: their number stays here.
+        write_json(made / "public" / "release.json", {name: facts[name] for name in facts if name != "withheld"})
+        write_json(made / "private" / "facts.json", {"withheld": facts["withheld"]})
         for file, groups in (("members.json", count.counted), ("aside.json", count.aside)):
             told = {name: [str(store.sample_id[k]) for k in people] for name, people in groups.items()}
             write_json(made / "private" / file, told)

@@ -34,7 +34,7 @@ from permed_compute.workloads.omics.prs import inputs_of, open_store
 from permed_compute.workloads.omics.read import refuse
 from permed_compute.workloads.port import Context, DonePart, Map, Part, PartResult, Result
 
-VERSION = "1"
+VERSION = "2"
 _MEDIAN_CHI2 = 0.4549364231195724
 
 

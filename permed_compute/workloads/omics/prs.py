@@ -40,7 +40,7 @@ from permed_compute.workloads.omics.read import contig_name, refuse
 from permed_compute.workloads.omics.scores import Match, Policy, Weights
 from permed_compute.workloads.port import Context, DonePart, Map, Part, PartResult, Result
 
-VERSION = "1"
+VERSION = "2"
 _LEAST_FOR_FREQUENCIES = 50
 _ONE_BY_ONE = 8
 """Up to so many scores a pass over the bytes for each is faster than unpacking for a matrix product."""

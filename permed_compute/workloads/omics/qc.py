@@ -41,7 +41,7 @@ from permed_compute.workloads.omics.prs import inputs_of, open_store
 from permed_compute.workloads.omics.read import refuse
 from permed_compute.workloads.port import Context, DonePart, Map, Next, Part, PartResult, Result
 
-VERSION = "1"
+VERSION = "2"
 _GROUP = 10_000
 """People whose kinship with each other, or with as many others, is one part: 2.4 GB."""
 _MOST_FOR_LINKAGE = 5_000

@@ -270,7 +270,7 @@ def test_a_release_its_sums_and_the_singleton(cohort):
     assert told["A"]["alleleCount"] == rows[(positions[0], "A")]["ac"]
     public = b"".join(file.read_bytes() for file in (made.folder / "public").iterdir())
     assert not any(member.encode() in public for member in made.members["A"])
-    assert register.verify() == 1
+    assert register.verify() == 1 and register.entries()[0]["withheld"] == 0 and b"withheld" not in public
     assert (register.root.stat().st_mode & 0o777) == 0o700
 
 
