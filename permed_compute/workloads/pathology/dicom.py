@@ -50,12 +50,19 @@ class DicomSlide(Closing):
     def tile_bytes(self, level: int) -> int:
         return sum(length for _, length in self._instances[level].frames)
 
-    def tile(self, level: int, row: int, column: int, halvings: int = 0) -> np.ndarray | None:
+    def tile_into(self, out: np.ndarray, level: int, row: int, column: int, halvings: int) -> np.ndarray | None:
+        """`tile`, decoded in place where that can be: `out` is contiguous and of the tile's shape."""
+        return self.tile(level, row, column, halvings, out)
+
+    def tile(
+        self, level: int, row: int, column: int, halvings: int = 0, out: np.ndarray | None = None
+    ) -> np.ndarray | None:
         layout, stored = self.levels[level].layout, self.raw(level, row, column)
         if stored is None:
             return None
         try:
-            pixels = self._streams[level].decode(stored, halvings)
+            cut = row == layout.rows - 1 or column == layout.columns - 1  # by some writers
+            pixels = self._streams[level].decode(stored, halvings, None if cut else out)
         except ValueError as error:
             refuse("UNREADABLE", f"A frame cannot be decoded ({type(error).__name__}).", "Copy the slide again.",
                    level=level, row=row, column=column)  # fmt: skip

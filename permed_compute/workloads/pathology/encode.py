@@ -124,6 +124,14 @@ class _Readers:
 _READERS = _Readers()
 
 
+@lru_cache(maxsize=8)
+def _corners(index: str, digest: str) -> np.ndarray:
+    """Of the slide's tiles. `digest`: of the index, so that another one of that name is not taken for it."""
+    if not Path(index).is_file():
+        raise WorkloadError("The slide's tile index is gone.", remedy="Submit the job again: it plans anew.")
+    return tiles.read_index(Path(index))[0]
+
+
 class _Desk:
     """Where one worker reads its blocks.
 
@@ -158,10 +166,7 @@ def _desk(scratch: Path) -> _Desk:
 def load(part: Part, ctx: Context) -> Any:
     if part.params["step"] == "tiles":
         return tiles.load(part, ctx)
-    index = Path(part.sources[1])
-    if not index.is_file():
-        raise WorkloadError("The slide's tile index is gone.", remedy="Submit the job again: it plans anew.")
-    corners, _ = tiles.read_index(index)
+    corners = _corners(part.sources[1], part.inputs[1])
     first = part.params["first"]
     reader = _READERS.get(part, ctx)
     places, size, desk = corners[first : first + part.params["block"]], part.params["size"], _desk(ctx.scratch)

@@ -28,11 +28,14 @@ def grid_name(mpp: float, size: int) -> str:
 
 
 def write_chunk(folder: Path, features: np.ndarray, block: int) -> None:
-    """(n ≤ block, d) float16 as one Zarr chunk: little-endian, the last block padded with zeros."""
+    """(n ≤ block, d) float16 as one Zarr chunk: little-endian, the last block padded with zeros.
+
+    `folder` is a part's own, which is synced and published as a whole.
+    """
     padded = np.zeros((block, features.shape[1]), "<f2")
     padded[: len(features)] = features
-    with replacing(folder / CHUNK) as temporary:
-        padded.tofile(temporary)
+    folder.mkdir(parents=True, exist_ok=True)
+    padded.tofile(folder / CHUNK)
 
 
 def assemble(

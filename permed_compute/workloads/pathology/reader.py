@@ -48,10 +48,8 @@ class _Way:
     """What is left to reduce, along x and y."""
     mean: bool
     """The wanted pixel is a whole number of level-0 pixels: reduced by the mean."""
-
-    @property
-    def whole(self) -> bool:
-        return all(scale == round(scale) for scale in self.scale)
+    whole: bool
+    """So is what is left to reduce."""
 
     def suits(self, x: float, y: float) -> bool:
         """Whether a tile with this corner comes out as from level 0."""
@@ -59,6 +57,8 @@ class _Way:
             return min(self.scale) >= _TRIANGLE_LEAST
         if not self.whole:
             return min(self.scale) >= _BROKEN_LEAST
+        if (x / self.pixel).is_integer() and (y / self.pixel).is_integer():
+            return True
         return min(self.scale) >= _OFF_GRID_LEAST or _split(x / self.pixel)[1] == _split(y / self.pixel)[1] == 0
 
 
@@ -162,7 +162,8 @@ class Reader:
                     break
                 pixel = item.downsample * 2**halvings
                 scale = _snapped(want[0] / pixel), _snapped(want[1] / pixel)
-                ways[pixel] = _Way(level, halvings, pixel, scale, mean)  # of two, the one that decodes less
+                whole = all(left == round(left) for left in scale)
+                ways[pixel] = _Way(level, halvings, pixel, scale, mean, whole)  # of two, the one that decodes less
         return [ways[pixel] for pixel in sorted(ways, reverse=True)]
 
     @staticmethod

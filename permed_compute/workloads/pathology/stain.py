@@ -43,8 +43,9 @@ def estimate(pixels: np.ndarray, *, seed: int = 0, most: int = 50_000) -> Stain 
 
     # It takes (height, width, 3) and counts optical density in 255 / ln 255, which only its least magnitude depends on.
     found: Any = separate_stains_macenko_pca(density[None] * _SDA, _BETA * _SDA, _ALPHA / 100, 1 - _ALPHA / 100)
-    ends: list[np.ndarray] = [column * np.sign(column.sum()) for column in found[:, :2].T]
-    stains = np.stack(sorted(ends, key=lambda end: -end[0]), 1)
+    both = np.asarray(found, np.float64)[:, :2]
+    both = both * np.sign(both.sum(axis=0))
+    stains = both[:, np.argsort(-both[0])]
     if not np.isfinite(stains).all():
         return None
     amounts = np.linalg.lstsq(stains, density.T, rcond=None)[0]

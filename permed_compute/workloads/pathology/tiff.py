@@ -83,13 +83,20 @@ class TiffSlide(Closing):
     def tile_bytes(self, level: int) -> int:
         return sum(self._pages[level].databytecounts)
 
-    def tile(self, level: int, row: int, column: int, halvings: int = 0) -> np.ndarray | None:
+    def tile_into(self, out: np.ndarray, level: int, row: int, column: int, halvings: int) -> np.ndarray | None:
+        """`tile`, decoded in place where that can be: `out` is contiguous and of the tile's shape."""
+        return self.tile(level, row, column, halvings, out)
+
+    def tile(
+        self, level: int, row: int, column: int, halvings: int = 0, out: np.ndarray | None = None
+    ) -> np.ndarray | None:
         layout, stored = self.levels[level].layout, self.raw(level, row, column)
         if stored is None:
             return None
         try:
             if self.levels[level].copyable:
-                pixels = self._streams[level].decode(stored, halvings)
+                cut = row == layout.rows - 1 or column == layout.columns - 1  # by some writers
+                pixels = self._streams[level].decode(stored, halvings, None if cut else out)
                 return padded(pixels, layout.tile_h >> halvings, layout.tile_w >> halvings)
             k = row * layout.columns + column
             decoded, _, _ = self._pages[level].decode(bytes(stored), k)

@@ -54,3 +54,32 @@ def digest(path: Path) -> str:
     import hashlib
 
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def thirty(folder: Path) -> list[str]:
+    """Thirty small slides at 2 µm, of which six are bad; returns the codes that those are refused with."""
+    folder.mkdir()
+    for number in range(24):
+        write(folder / f"s{number:02d}.tiff", pixels(520, 480, seed=number, blobs=1), mpp=2.0)
+    (folder / "zero.svs").write_bytes(b"")
+    (folder / "cut.tiff").write_bytes((folder / "s00.tiff").read_bytes()[:-10_000])
+    (folder / "notes.tiff").write_text("this is no slide")
+    write(folder / "glass.tiff", np.full((400, 400, 3), 245, np.uint8), mpp=2.0)
+    write(folder / "nompp.tiff", pixels(300, 300), mpp=None)
+    write(folder / "print.tiff", pixels(300, 300, seed=9), mpp=25_400 / 72)
+    return ["EMPTY_FILE", "TRUNCATED", "NOT_A_SLIDE", "NO_TISSUE", "NO_MPP", "MPP_IMPLAUSIBLE"]
+
+
+def slow_encoder(path: Path) -> Path:
+    """A TorchScript module that takes its time, so that a kill finds it at work."""
+    import torch
+
+    class Slow(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x
+            for _ in range(30):
+                y = torch.nn.functional.avg_pool2d(y, 9, 1, 4)
+            return y.mean(dim=(2, 3)) + 9.0
+
+    torch.jit.script(Slow()).save(str(path))
+    return path

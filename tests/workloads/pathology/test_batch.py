@@ -8,26 +8,38 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from permed_compute.cli.exits import Exit
+from permed_compute.execution.processes import SESSION_MARK, Process, ProcessTable, kill_all
 from permed_compute.paths import HomePaths
 
-from .made import pixels, write
+from .made import pixels, slow_encoder, thirty, write
 
 PERMED = [sys.executable, "-m", "permed_compute.cli"]
-BAD = {"TRUNCATED", "EMPTY_FILE", "NOT_A_SLIDE", "NO_MPP", "MPP_IMPLAUSIBLE", "NO_TISSUE"}
 
 
-@pytest.fixture
-def environment(home: HomePaths, tmp_path: Path) -> dict[str, str]:
-    return os.environ | {
-        "PERMED_HOME": str(home.root), "PERMED_EXECUTOR": "inprocess", "PERMED_TRACKING_URI": "none",
+@pytest.fixture(params=["inprocess", pytest.param("ray", marks=[pytest.mark.soak, pytest.mark.ray])])
+def environment(request: pytest.FixtureRequest, home: HomePaths, tmp_path: Path) -> Iterator[dict[str, str]]:
+    yield os.environ | {
+        "PERMED_HOME": str(home.root), "PERMED_EXECUTOR": request.param, "PERMED_TRACKING_URI": "none",
         "PERMED_ANCHOR": str(tmp_path / "anchor"), "PERMED_CPUS": "2",
     }  # fmt: skip
+    end_ray(home)
+
+
+def end_ray(home: HomePaths) -> None:
+    """kill -9 for all of the home's Ray: driver, workers and Ray itself."""
+
+    def left() -> list[Process]:
+        table = ProcessTable().look()
+        marked = table.marked(SESSION_MARK).items()
+        return [table.processes[pid] for pid, mark in marked if mark == str(home.runtime)]
+
+    assert kill_all(left, timeout_s=20.0)
 
 
 def job(folder: Path, slides: Path, **params: object) -> Path:
@@ -41,7 +53,7 @@ def job(folder: Path, slides: Path, **params: object) -> Path:
 
 
 def permed(environment, *words):
-    return subprocess.run([*PERMED, *map(str, words)], env=environment, capture_output=True, text=True, timeout=110)
+    return subprocess.run([*PERMED, *map(str, words)], env=environment, capture_output=True, text=True, timeout=170)
 
 
 def newest(home: HomePaths) -> dict:
@@ -51,21 +63,13 @@ def newest(home: HomePaths) -> dict:
 
 def test_thirty_slides_of_which_six_are_bad(home, environment, tmp_path):
     slides = tmp_path / "slides"
-    slides.mkdir()
-    for number in range(24):
-        write(slides / f"s{number:02d}.tiff", pixels(520, 480, seed=number, blobs=1), mpp=2.0)
-    (slides / "zero.svs").write_bytes(b"")
-    (slides / "cut.tiff").write_bytes((slides / "s00.tiff").read_bytes()[:-10_000])
-    (slides / "notes.tiff").write_text("this is no slide")
-    write(slides / "glass.tiff", np.full((400, 400, 3), 245, np.uint8), mpp=2.0)
-    write(slides / "nompp.tiff", pixels(300, 300), mpp=None)
-    write(slides / "print.tiff", pixels(300, 300, seed=9), mpp=25_400 / 72)
+    bad = thirty(slides)
     file = job(tmp_path, slides, target_mpp=2.0)
     done = permed(environment, "run", file)
     assert done.returncode == Exit.PARTIAL, done.stderr
     first = newest(home)
     refused = [part for part in first["parts"] if part["state"] == "REFUSED"]
-    assert {part["reason"].partition(":")[0] for part in refused} == BAD and len(refused) == 6
+    assert {part["reason"].partition(":")[0] for part in refused} == set(bad) and len(refused) == 6
     assert all(part["name"].startswith("slide-") and "zero" not in part["reason"] for part in refused)
     assert first["values"]["slides"] == 24
     # Once more with one slide added: only that one is computed.
@@ -83,18 +87,10 @@ def test_thirty_slides_of_which_six_are_bad(home, environment, tmp_path):
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_kill_in_the_middle_of_a_slide_loses_no_finished_block(home, environment, tmp_path):
-    import torch
-
-    class Slow(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = x
-            for _ in range(30):
-                y = torch.nn.functional.avg_pool2d(y, 9, 1, 4)
-            return y.mean(dim=(2, 3))
-
-    torch.jit.script(Slow()).save(str(tmp_path / "slow.pt"))
     write(tmp_path / "s.tiff", pixels(1600, 1200))
-    file = job(tmp_path, tmp_path / "s.tiff", encoder={"torchscript": str(tmp_path / "slow.pt")}, block=12)
+    file = job(
+        tmp_path, tmp_path / "s.tiff", encoder={"torchscript": str(slow_encoder(tmp_path / "slow.pt"))}, block=12
+    )
     running = subprocess.Popen([*PERMED, "run", str(file)], env=environment, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
     try:
@@ -104,7 +100,10 @@ def test_a_kill_in_the_middle_of_a_slide_loses_no_finished_block(home, environme
     finally:
         os.killpg(running.pid, signal.SIGKILL)
         running.wait()
+        end_ray(home)
     kept = finished(home)
+    # The features of at most two blocks are gone: one was being published, one encoded (one worker).
+    assert len(list(home.ledger.glob("*/.new/*"))) <= 2
     assert kept, "nothing was finished before the kill"
     job_id = next(home.jobs.iterdir()).name
     assert not (home.job(job_id).results / "result.json").exists(), "it ended before the kill"

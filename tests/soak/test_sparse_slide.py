@@ -1,0 +1,70 @@
+"""A slide of 100,000 × 100,000 pixels, mostly glass that was never scanned, encoded on Ray by a worker of 2 GiB."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from permed_compute.cli.exits import Exit
+from tests.workloads.pathology.made import pixels
+
+EDGE, TILE, ISLAND = 100_000, 256, 9
+
+
+def write_sparse(path: Path, islands: int = 12) -> int:
+    """A BigTIFF at 0.25 µm without a level but the first; islands of tissue, no bytes elsewhere. Returns its tiles."""
+    import simplejpeg
+    import tifffile
+
+    tissue = pixels(ISLAND * TILE, ISLAND * TILE)
+    cut = [tissue[y : y + TILE, x : x + TILE] for y in range(0, len(tissue), TILE) for x in range(0, len(tissue), TILE)]
+    stored = [bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(part), 85, "RGB", "444")) for part in cut]
+    across, random = -(-EDGE // TILE), np.random.default_rng(0)
+    where: dict[tuple[int, int], bytes] = {}
+    for row, column in random.integers(0, across - ISLAND, (islands, 2)).tolist():
+        where |= {(row + k // ISLAND, column + k % ISLAND): stream for k, stream in enumerate(stored)}
+
+    def tiles() -> Iterator[bytes]:
+        for row in range(across):
+            for column in range(across):
+                yield where.get((row, column), b"")
+
+    with tifffile.TiffWriter(path, bigtiff=True) as tiff:
+        tiff.write(
+            tiles(), shape=(EDGE, EDGE, 3), dtype=np.uint8, tile=(TILE, TILE), photometric="ycbcr", compression="jpeg",
+            subsampling=(1, 1), resolution=(40_000, 40_000), resolutionunit=3, metadata=None,
+        )  # fmt: skip
+    return len(where)
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+@pytest.mark.timeout(1800)
+def test_a_huge_sparse_slide_takes_less_than_two_gibibytes(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    count = write_sparse(tmp_path / "in" / "sparse.tiff")
+    (tmp_path / "job.json").write_text(json.dumps({
+        "version": 1, "name": "sparse", "workload": "pathology/encode", "inputs": [{"path": str(tmp_path / "in")}],
+        "params": {"target_mpp": 0.5, "size": 224}, "account": "local",
+        "resources": {"workers": 1, "cpus": 2, "memory": "2GiB"},
+    }))  # fmt: skip
+    environment = os.environ | {
+        "PERMED_HOME": str(tmp_path / "home"), "PERMED_ANCHOR": str(tmp_path / "anchor"), "PERMED_EXECUTOR": "ray",
+        "PERMED_TRACKING_URI": "none",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "permed_compute.cli", "run", "--json", str(tmp_path / "job.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == Exit.OK, done.stderr[-2000:]
+    [ended] = json.loads(done.stdout)["jobs"]
+    result = json.loads((Path(ended["results"]) / "result.json").read_text())
+    manifest = json.loads((Path(ended["results"]) / "manifest.json").read_text())
+    peak = manifest["used"]["rss_peak_mib"]
+    print(f"\n{EDGE} × {EDGE} pixels, {count} stored tiles, {result['values']['tiles']} encoded: peak {peak} MiB")
+    assert result["values"]["tiles"] > 500 and peak < 2048
