@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from permed_compute.errors import PermedError, WorkloadError
-from permed_compute.paths import replacing
 from permed_compute.spec import Purpose
 from permed_compute.workloads.radiology.archives import ArchiveRefusedError, Entry, SendBy, Tls, secret
 
@@ -109,8 +108,8 @@ class Archive:
                 for ds in self._web.iter_series(study, uid, media_types=(("application/dicom", "*"),)):
                     if ds.get("StudyInstanceUID") != study or ds.get("SeriesInstanceUID") != uid:
                         raise ArchiveError(f"Archive {self.entry.name} sent an image of another study or series.")
-                    with replacing(folder / f"{count:06d}.dcm") as new:
-                        ds.save_as(new, enforce_file_format=True)
+                    # Not synced: what is fetched is scratch, and is fetched again after a crash.
+                    ds.save_as(folder / f"{count:06d}.dcm", enforce_file_format=True)
                     count += 1
         return count
 
