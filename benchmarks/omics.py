@@ -35,7 +35,7 @@ WHY = (
 
 
 def cases(quick: bool) -> list[Case]:
-    rig = _Rig(*((300, 2000) if quick else (5000, 40_000)))
+    rig = _Rig(*((300, 2000) if quick else (5000, 20_000)))
     seconds = {"unit": "CPU s", "better": "lower", "close": rig.close}
 
     def case(group: str, name: str, measure: Callable[[], float], **more: Any) -> Case:
