@@ -43,7 +43,7 @@ def cases(quick: bool) -> list[Case]:
         found += [
             Case(group, "ours, the job on Ray", "tiles/s", "higher", rig.job, ratio=0.8, goal="≥ 80 % of the reader",
                  close=rig.close),
-            Case(group, "the reader alone", "tiles/s", "higher", rig.reader, peer=True),
+            Case(group, "the reader alone", "tiles/s", "higher", rig.reader, peer=True, close=rig.close),
         ]  # fmt: skip
     return found
 

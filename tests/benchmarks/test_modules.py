@@ -23,7 +23,7 @@ WITHOUT_A_PEER = {
     ("admission", "one decision"),
     ("pathology_convert", "all levels, MB of pixels per CPU-s"),
 }
-STARTS_SERVERS = {"submit", "overhead", "latency", "omics"}
+STARTS_SERVERS = {"submit", "overhead", "latency", "omics", "pathology_encode"}
 
 
 @pytest.mark.parametrize("name", MODULES)

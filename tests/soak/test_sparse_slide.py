@@ -65,6 +65,6 @@ def test_a_huge_sparse_slide_takes_less_than_two_gibibytes(tmp_path: Path) -> No
     [ended] = json.loads(done.stdout)["jobs"]
     result = json.loads((Path(ended["results"]) / "result.json").read_text())
     manifest = json.loads((Path(ended["results"]) / "manifest.json").read_text())
-    peak = manifest["used"]["rss_peak_mib"]
+    peak = manifest["usage"]["rss_peak_mib"]
     print(f"\n{EDGE} × {EDGE} pixels, {count} stored tiles, {result['values']['tiles']} encoded: peak {peak} MiB")
     assert result["values"]["tiles"] > 500 and peak < 2048

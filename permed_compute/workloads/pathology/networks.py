@@ -10,7 +10,7 @@ every kind of encoder.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class Noop:
 
 
 class _Front:
-    """uint8 tiles → what a network takes. CUDA: pinned, so that the copy runs beside the batch before."""
+    """uint8 tiles → what a network takes. CUDA: pinned, on a stream of its own, beside the batch that is computed."""
 
     def __init__(self, made: Recipe, device: str) -> None:
         import torch
@@ -44,16 +44,31 @@ class _Front:
         self.scale = (1 / (255 * std)).view(1, 3, 1, 1).to(self.device)
         self.shift = (-torch.tensor(made.mean) / std).view(1, 3, 1, 1).to(self.device)
         self.batch = made.batch or _BATCH.get(self.device.type, _BATCH["cpu"])
+        stream: Any = torch.cuda.Stream
+        self._stream = stream(self.device) if self.device.type == "cuda" else None
 
     def __call__(self, tiles: np.ndarray, stain: np.ndarray | None) -> torch.Tensor:
         """(n, h, w, 3) uint8 → (n, 3, h, w) float32 on the device. `stain`: (3, 3), `Stain.matrix()`."""
+        return self.prepared(self.moved(tiles), stain)
+
+    def moved(self, tiles: np.ndarray) -> torch.Tensor:
+        """The bytes, on their way to the device."""
         import torch
 
-        there = torch.from_numpy(tiles)
-        if self.device.type == "cuda":
-            there = there.pin_memory().to(self.device, non_blocking=True)
-        else:
-            there = there.to(self.device)
+        here = torch.from_numpy(tiles)
+        if self._stream is None:
+            return here.to(self.device)
+        with torch.cuda.stream(self._stream):
+            return here.pin_memory().to(self.device, non_blocking=True)
+
+    def prepared(self, there: torch.Tensor, stain: np.ndarray | None) -> torch.Tensor:
+        """What the network takes, of bytes that were `moved`."""
+        import torch
+
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._stream)
+            there.record_stream(current)
         x = there.permute(0, 3, 1, 2).to(torch.float32)
         if stain is not None:
             matrix = torch.from_numpy(stain.astype(np.float32)).to(self.device)
@@ -81,7 +96,7 @@ class TorchEncoder:
             step = self.front.batch
             try:
                 with torch.inference_mode():
-                    parts = [self._some(batch[k : k + step], stain) for k in range(0, len(batch), step)]
+                    parts = list(self._parts([batch[k : k + step] for k in range(0, len(batch), step)], stain))
                     return np.asarray(torch.cat(parts).to(torch.float16).cpu().numpy())
             except torch.cuda.OutOfMemoryError:
                 if step == 1:
@@ -89,10 +104,18 @@ class TorchEncoder:
                 self.front.batch = step // 2
                 torch.cuda.empty_cache()
 
-    def _some(self, tiles: np.ndarray, stain: np.ndarray | None) -> torch.Tensor:
+    def _parts(self, pieces: list[np.ndarray], stain: np.ndarray | None) -> Iterator[torch.Tensor]:
+        """The next piece is on its way while one is computed."""
+        ahead = self.front.moved(pieces[0])
+        for following in [*pieces[1:], None]:
+            made = self._some(self.front.prepared(ahead, stain))
+            if following is not None:
+                ahead = self.front.moved(following)
+            yield made
+
+    def _some(self, x: torch.Tensor) -> torch.Tensor:
         import torch
 
-        x = self.front(tiles, stain)
         kind = self.front.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
             made: torch.Tensor = self.module(x.contiguous(memory_format=torch.channels_last))
