@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from permed_compute.workloads.omics import device as gpu
 from permed_compute.workloads.omics import packed as bits
 from permed_compute.workloads.omics.packed import compiled
 
@@ -81,6 +80,8 @@ def _products(packed: np.ndarray, table: np.ndarray, right: np.ndarray, device: 
     import torch
 
     if device != "cpu":
+        from permed_compute.workloads.omics import device as gpu
+
         return gpu.products(packed, table, right, device)
     packed = np.ascontiguousarray(packed)
     width = packed.shape[1]

@@ -32,7 +32,6 @@ from permed_compute.errors import Finding, Problem, SpecError
 from permed_compute.paths import read_json, write_json
 from permed_compute.spec import JobSpec
 from permed_compute.storage.genotypes import MISSING_DOSAGE, GenotypeStore, dosage_as_float
-from permed_compute.workloads.omics import device as gpu
 from permed_compute.workloads.omics import packed as bits
 from permed_compute.workloads.omics import plots, scores
 from permed_compute.workloads.omics.params import Checked
@@ -330,11 +329,19 @@ def _chunk(model: Scoring, start: int, stop: int, missing: str, device: str) -> 
     first = 0 if first_set <= _ONE_BY_ONE or device != "cpu" else first_set
     sums = np.empty((samples, last))
     given = np.hstack([signed[:, first:], np.zeros_like(used)]), np.hstack([instead[:, first:], used])
-    found = bits.score(packed, *given, samples) if device == "cpu" else gpu.score(packed, *given, samples, device)
+    found = _passes_over(packed, *given, samples, device)
     sums[:, first:] = found[:, : last - first]
     if first:
         sums[:, :first] = _many(packed, counted, signed[:, :first], instead[:, :first], 2 * frequency, samples)
     return sums + constant, found[:, last - first :]
+
+
+def _passes_over(packed: np.ndarray, copies: np.ndarray, absent: np.ndarray, samples: int, device: str) -> np.ndarray:
+    if device == "cpu":
+        return bits.score(packed, copies, absent, samples)
+    from permed_compute.workloads.omics import device as gpu  # torch takes seconds to import; a few scores need none
+
+    return gpu.score(packed, copies, absent, samples, device)
 
 
 def _many(
