@@ -34,6 +34,9 @@ _ENVIRONMENT = {
     # Without it Ray puts the host's address where we say 127.0.0.1, and listens on every interface (measured, 2.60).
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Its metrics' ports ask nobody for a token (measured, 2.60); the head's is closed by a number that is no port.
+    "RAY_enable_metrics_collection": "0",
+    "DASHBOARD_METRIC_PORT": "-1",
     # Ray writes its process titles over the environment that /proc shows, where our marks are; this keeps them.
     "SPT_NOENV": "1",
     # Admission chose the devices; Ray only counts them.

@@ -25,12 +25,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from permed_compute.execution import processes
+from permed_compute.execution import processes, raylocal
 from permed_compute.execution.processes import SESSION_MARK, Process, ProcessTable
 
 _START_S = 120
 _MIB = 2**20
+_SOCKETS = "RAY_CLUSTER_SOCKETS"
 _CLONE_NEWNET = 0x40000000
 _numbers = itertools.count(os.getpid() % 200)
 
@@ -53,6 +55,13 @@ class ClusterNode:
         assert processes.kill_all(self.processes, timeout_s=20.0)
 
 
+def name_sockets(params: Any, head: bool) -> None:
+    """Ray's start hook: two raylets that start together would choose the same names for their sockets."""
+    raylocal.trim(params, head)
+    params.raylet_socket_name = f"{os.environ[_SOCKETS]}.raylet"
+    params.plasma_store_socket_name = f"{os.environ[_SOCKETS]}.store"
+
+
 class RayCluster:
     """See the module. `address` is for ray.init, `environment` for whoever connects."""
 
@@ -69,9 +78,10 @@ class RayCluster:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PERMED_"))}
         self.environment = inherited | {
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
-            "SPT_NOENV": "1",
+            "SPT_NOENV": "1", "RAY_enable_metrics_collection": "0",
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_prestart_worker_first_driver": "0",
-            "RAY_enable_worker_prestart": "0", "RAY_START_HOOK": "permed_compute.execution.raylocal.trim",
+            "RAY_enable_worker_prestart": "0", "DASHBOARD_METRIC_PORT": "-1",
+            "RAY_START_HOOK": f"{__name__}.{name_sockets.__name__}",
             # A dead node is known to be dead after seconds, a busy machine's is not taken for one.
             "RAY_health_check_initial_delay_ms": "10000", "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "4",
@@ -146,8 +156,9 @@ class RayCluster:
             f"--object-store-memory={self._store * _MIB}",
         ]  # fmt: skip
         done = subprocess.run(
-            command, env=self.environment | {SESSION_MARK: mark}, cwd=self._folder, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=_START_S, check=False, start_new_session=True,
+            command, env=self.environment | {SESSION_MARK: mark, _SOCKETS: mark}, cwd=self._folder,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_START_S, check=False,
+            start_new_session=True,
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"ray start of {name}: {done.stdout[-300:]} {done.stderr[-600:]}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from permed_compute.execution import processes
+from permed_compute.execution import processes, raylocal, watchdog
 from permed_compute.execution.cores import cores_file
 from permed_compute.execution.port import Attempt
 from permed_compute.execution.processes import ProcessTable
@@ -130,4 +130,21 @@ def test_what_a_job_prints_is_in_its_log_and_its_use_in_the_manifest(ray_executo
     assert {"the number is 0", "the number is 1"} <= set(attempt.paths.log.read_text().splitlines())
     assert ending["usage"]["rss_peak_mib"] > 20
     assert ending["usage"]["cpu_s"] > 0
+    assert ray_executor.end(attempt)
+
+
+def test_parts_that_hold_ten_times_the_object_store_run_in_bounded_memory(
+    ray_executor: RayExecutor, ray_toys: Toys
+) -> None:
+    """A part's data is loaded by the worker that computes it, one part ahead of it: never all, and never in the store."""
+    store = raylocal._OBJECT_STORE // 2**20
+    mib, granted = 96, 768
+    attempt = ray_toys.attempt("bulky", workers=2, cpus=0.5, memory=granted, count=10 * store // mib + 1, mib=mib)
+    assert attempt.spec.params["count"] * mib > 10 * store
+    ray_executor.launch(attempt)
+    ending = ray_toys.ending(attempt)
+    assert ending["outcome"] == "SUCCEEDED", ending  # whoever held more than granted would have been ended
+    assert not ray_toys.rows(attempt, "lost")
+    assert ending["usage"]["rss_peak_mib"] < 2 * granted + watchdog.DRIVER_MEMORY
+    assert not list(ray_executor._home.runtime.rglob("ray_spilled_objects*/*"))
     assert ray_executor.end(attempt)

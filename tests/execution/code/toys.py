@@ -140,6 +140,21 @@ def _glutton(spec: Any, state: Mapping[str, Any], ctx: Context) -> list[Part]:
 glutton = Map(plan=_glutton, run=lambda part, model, ctx: PartResult())
 
 
+def _load_bulk(part: Part, ctx: Context) -> bytearray:
+    """A part's data: `mib` MiB, every page written."""
+    held = bytearray(ctx.spec.params["mib"] * 2**20)
+    held[::4096] = b"x" * len(held[::4096])
+    return held
+
+
+def _weigh(held: bytearray, model: Any, ctx: Context) -> PartResult:
+    time.sleep(0.02)
+    return PartResult(values={"square": len(held) // 2**20})
+
+
+bulky = Map(plan=plan, load=_load_bulk, run=_weigh, reduce=total)
+
+
 def _graph(part: Part, model: Any, ctx: Context) -> PartResult:
     """Add up squares in a dask graph, and report in how many processes they were made."""
     import dask
