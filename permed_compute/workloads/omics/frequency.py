@@ -118,29 +118,32 @@ def _populations(spec: JobSpec, store: GenotypeStore, ctx: Context) -> dict[str,
 def _counted(
     name: str, people: frozenset[str], releases: Sequence[Release], policy: Policy, ctx: Context, *, pad: bool
 ) -> frozenset[str]:
-    if not releases:
-        return disclosure.first_count(people, policy, random.Random(ctx.pseudonym(f"count-{name}-{_told(people)}")))
-    before, known = releases[-1].members[name], releases[-1].members[name] | releases[-1].aside[name]
+    told = [release for release in releases if len(release.members[name]) >= policy.least_people]
+    mine: frozenset[str] | None
+    mine = disclosure.first_count(people, policy, random.Random(ctx.pseudonym(f"count-{name}-{_digest(people)}")))
+    if not told or len(mine) < policy.least_people:
+        return mine  # nothing was shown of it, or will be
+    before, known = told[-1].members[name], told[-1].members[name] | told[-1].aside[name]
     if before <= people <= known:
         return before  # nobody left who was counted, and nobody is new
     if not pad and not disclosure.apart(people - (known - before), before, policy):
         raise refuse(
             "DIFFERENCING",
-            f"Fewer than {policy.exchange} people left or joined a population since release {releases[-1].number}: the"
+            f"Fewer than {policy.exchange} people left or joined a population since release {told[-1].number}: the"
             " difference would tell of them.",
             remedy="Wait for more changes, or write `params: {pad: true}`: further people are exchanged by chance.",
         )  # fmt: skip
     for turn in range(_TURNS):
-        chance = random.Random(ctx.pseudonym(f"count-{name}-{releases[-1].facts['digest']}-{turn}-{_told(people)}"))
+        chance = random.Random(ctx.pseudonym(f"count-{name}-{told[-1].facts['digest']}-{turn}-{_digest(people)}"))
         mine = disclosure.next_count(people, before, policy, chance) if pad else people - (known - before)
-        if mine is not None and all(disclosure.apart(mine, release.members[name], policy) for release in releases):
+        if mine is not None and all(disclosure.apart(mine, release.members[name], policy) for release in told):
             return mine
     raise refuse(
         "DIFFERENCING", "A population is too small to hide who left it or joined.", remedy="Wait for more changes."
     )
 
 
-def _told(people: frozenset[str]) -> str:
+def _digest(people: frozenset[str]) -> str:
     return hashlib.sha256("".join(sorted(people)).encode()).hexdigest()
 
 

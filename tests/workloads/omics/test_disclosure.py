@@ -316,6 +316,23 @@ def test_a_withdrawal_of_somebody_set_aside_changes_nothing(cohort):
     assert len(register.releases()) == 1
 
 
+def test_a_population_too_small_to_be_shown_may_change(cohort):
+    _, release, register, tmp_path = cohort
+    groups = tmp_path / "groups.tsv"
+    rows = groups.read_text().splitlines()
+    rows[1:91:3] = [row[:-1] + "D" for row in rows[1:91:3]]  # thirty of A
+    groups.write_text("\n".join(rows) + "\n")
+    release(1)
+    (first,) = register.releases()
+    context = LocalContext(tmp_path / "x", None, seed=0)
+    gone = tmp_path / "withdrawn.txt"
+    gone.write_text(next(name for name in people(300) if context.pseudonym(name) in first.members["D"]))
+    release(2, named("withdrawn", gone))
+    first, second = register.releases()
+    assert not [key for one in (first, second) for key in rows_of(one) if key[1] in ("D", "TOTAL")]
+    assert [first.members[name] for name in "ABC"] == [second.members[name] for name in "ABC"]
+
+
 def test_another_policy_is_refused(cohort):
     _, release, _, _ = cohort
     release(1)
