@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from permed_compute.errors import Finding, Problem, SpecError, WorkloadError
-from permed_compute.spec import JobSpec
+from permed_compute.spec import DataRef, JobSpec
 from permed_compute.workloads.port import Context, DonePart, Map, Part, PartResult, Result
 from permed_compute.workloads.radiology import geometry, read
 from permed_compute.workloads.radiology.read import Series, Volume
@@ -89,18 +89,7 @@ def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part
     params = Params.of(spec.params)
     if not spec.inputs:
         raise WorkloadError("The job names no input.", remedy="Write the DICOM folder, zip or file under `inputs:`.")
-    with ctx.stage("scan"):
-        sources = sorted({source for ref in spec.inputs for source in read.find(Path(ref.path))})
-        inventory = read.scan(sources, ctx.digest, ctx.threads)
-    for finding in inventory.findings:
-        ctx.finding(finding)
-    images = [series for series in inventory.series if series.is_volume and not series.is_localiser]
-    wanted = [series for series in images if series.modality in params.modalities]
-    chosen = wanted or images
-    for series in inventory.series:
-        if series not in chosen:
-            ctx.finding(_passed_over(series))
-    ctx.log(f"{len(sources)} files, {len(inventory.series)} series, {len(chosen)} to compute")
+    chosen = wanted(spec.inputs, params.modalities, ctx)
     return [
         Part(
             name=f"series-{series.digest[:16]}",
@@ -112,6 +101,22 @@ def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part
         )
         for series in chosen
     ]  # fmt: skip
+
+
+def wanted(refs: Iterable[DataRef], modalities: Sequence[str], ctx: Context) -> list[Series]:
+    """The image series below `refs` of these modalities; all image series where there is none of them."""
+    with ctx.stage("scan"):
+        sources = sorted({source for ref in refs for source in read.find(Path(ref.path))})
+        inventory = read.scan(sources, ctx.digest, ctx.threads)
+    for finding in inventory.findings:
+        ctx.finding(finding)
+    images = [series for series in inventory.series if series.is_volume and not series.is_localiser]
+    chosen = [series for series in images if series.modality in modalities] or images
+    for series in inventory.series:
+        if series not in chosen:
+            ctx.finding(_passed_over(series))
+    ctx.log(f"{len(sources)} files, {len(inventory.series)} series, {len(chosen)} to compute")
+    return chosen
 
 
 def _passed_over(series: Series) -> Finding:
@@ -128,18 +133,21 @@ def _passed_over(series: Series) -> Finding:
 def load(part: Part, ctx: Context) -> Volume:
     """The part's series as a checked volume. Raises `RefusedInput`, and `WorkloadError` where files have changed."""
     params = Params.of(part.params)
+    series = planned(part, ctx)
     with ctx.stage("read"):
-        inventory = read.scan(part.sources, ctx.digest, ctx.threads)
-        if len(inventory.series) != 1 or inventory.series[0].inputs != tuple(part.inputs):
-            raise WorkloadError(
-                "The files of this part are not those that were planned.", remedy="Submit the job again: it plans anew."
-            )
-        (series,) = inventory.series
         volume = read.assemble(series, ctx.threads)
-    if series.modality not in params.modalities:
+    refuse_unsuitable(series, volume, params.modalities, params.accept_incomplete, "The network knows T1 heads only.")
+    return volume
+
+
+def refuse_unsuitable(
+    series: Series, volume: Volume, modalities: Sequence[str], accept_incomplete: bool, advice: str
+) -> None:
+    """Raise `RefusedInput` for another modality, a series that no result can point to, and one that is not whole."""
+    if series.modality not in modalities:
         geometry.refuse(
-            "MODALITY_UNSUITABLE", f"The series is {series.modality}; the job asks for {', '.join(params.modalities)}.",
-            series.digest, "The network knows T1-weighted MR heads only.", slices=len(series.slices),
+            "MODALITY_UNSUITABLE", f"The series is {series.modality}; the job asks for {', '.join(modalities)}.",
+            series.digest, advice, slices=len(series.slices),
         )  # fmt: skip
     if not series.study or not series.uid:
         geometry.refuse(
@@ -147,13 +155,23 @@ def load(part: Part, ctx: Context) -> Volume:
             series.digest, "De-identify with new UIDs instead of empty ones.", slices=len(series.slices),
         )  # fmt: skip
     incomplete = [finding for finding in volume.findings if finding.code == "INCOMPLETE_SUSPECTED"]
-    if incomplete and not params.accept_incomplete:
+    if incomplete and not accept_incomplete:
         geometry.refuse(
-            incomplete[0].code, f"{incomplete[0].sentence} A part of a head has no volume to report.", series.digest,
+            incomplete[0].code, f"{incomplete[0].sentence} Part of an organ has no volume to report.", series.digest,
             "Fetch the whole series, or write `params: {accept_incomplete: true}` where it is known to be whole.",
             **incomplete[0].numbers,
         )  # fmt: skip
-    return volume
+
+
+def planned(part: Part, ctx: Context) -> Series:
+    """The part's series, as it was planned. Raises `WorkloadError` where its files have changed."""
+    with ctx.stage("read"):
+        inventory = read.scan(part.sources, ctx.digest, ctx.threads)
+    if len(inventory.series) != 1 or inventory.series[0].inputs != tuple(part.inputs):
+        raise WorkloadError(
+            "The files of this part are not those that were planned.", remedy="Submit the job again: it plans anew."
+        )
+    return inventory.series[0]
 
 
 def run(volume: Volume, model: Segmenter, ctx: Context) -> PartResult:

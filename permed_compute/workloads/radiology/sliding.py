@@ -480,12 +480,14 @@ def _on(axis: _Axis, device: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _lerp(x: Tensor, dim: int, index: tuple[Tensor, ...], plain: bool) -> Tensor:
     import torch
 
-    low, high, share = (each if dim == 2 else each[:, None] for each in index)
-    shape = [*x.shape]
-    shape[dim] = len(low)
-    # Along the last axis `gather` is 2.6 times as fast as `index_select`; rows are copied whole by the latter.
-    take = (lambda i: x.gather(2, i.expand(shape))) if dim == 2 else (lambda i: x.index_select(1, i[:, 0]))
-    return take(low) if plain else torch.lerp(take(low), take(high), share)
+    low, high, share = index
+
+    def take(i: Tensor) -> Tensor:
+        # Along the last axis `gather` is 2.6 times as fast as `index_select`; the latter copies whole rows.
+        return x.gather(2, i.expand(*x.shape[:2], -1)) if dim == 2 else x.index_select(dim, i)
+
+    weight = share if dim == 2 else share[:, None]
+    return take(low) if plain else torch.lerp(take(low), take(high), weight)
 
 
 def _lerp_planes(x: Tensor, along: Sequence[tuple[int, int, float]]) -> Tensor:
@@ -567,10 +569,10 @@ def _finite(values: Tensor) -> Tensor:
 
 
 def nearest(found: np.ndarray, grid: Grid) -> np.ndarray:
-    """Labels of the network's grid on `grid`, by the nearest voxel; 0 outside. Same dtype."""
+    """Labels of the network's grid on `grid`, by the nearest voxel (of two as near, the even one); 0 outside."""
     out = np.zeros(grid.shape, found.dtype)
     axes = [_Axis.of(*row) for row in zip(grid.shape, grid.scale, grid.offset, found.shape, strict=True)]
-    index = [np.where(axis.share > 0.5, axis.high, axis.low) for axis in axes]
+    index = [np.rint(axis.low + axis.share.astype(np.float64)).astype(np.int64) for axis in axes]
     out[tuple(axis.inside for axis in axes)] = found[np.ix_(*index)]
     return out
 

@@ -1,0 +1,617 @@
+"""An unmodified MONAI bundle over volumes: its own network, preprocessing and windows, our streamed way to labels.
+
+    check(folder) -> Checked            digest of every file; weights that are other than said, or pickled, are refused
+    open_bundle(folder, …) -> Runner    in this process where the digest is allow-listed, else in a sealed one
+    Runner.segment(image, grid) -> Segmented
+
+A bundle's `$` expressions are Python that runs when its configuration is read, so reading is already running it.
+Whoever operates the machines says which digests are trusted (`cluster/bundles.yaml`, and the file that
+PERMED_ALLOWED_BUNDLES names there); a job cannot. All others run in a process without network that writes only to its
+own folder (`sealed.py`), and see pixels and an affine, no names.
+
+`inference.json` must have the keys that MONAI's bundle specification names: `network_def`, `inferer`, `preprocessing`
+for one image (`image`); `postprocessing` may be absent. Activation, argmax or threshold and the inversion of the
+preprocessing are done in the stream; a bundle whose postprocessing does anything else runs as MONAI would run it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from threading import Timer
+from typing import Any, Protocol
+
+import numpy as np
+
+from permed_compute.errors import EngineError, NotFoundError, PermedError, WorkloadError
+from permed_compute.workloads.radiology import precision, sealed, sliding
+from permed_compute.workloads.radiology.sliding import Decision, Grid, Windows
+
+CONFIG = "configs/inference.json"
+WEIGHTS = "models/model.pt"
+ALLOWED = "PERMED_ALLOWED_BUNDLES"
+LONGEST_STUDY_S = 3600
+_MOST_FILES = 2000
+_DRIFT = 0.01
+"""Voxels by which an axis may run askew over the whole volume before the grids are not called parallel."""
+_PASSING = frozenset({"EnsureType", "EnsureTyped", "SaveImage", "SaveImaged", "ToTensord", "ToDeviced"})
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a job adds to a bundle."""
+
+    weights: tuple[str, ...] = (WEIGHTS,)
+    """Several are an ensemble of the same network: the mean of their logits."""
+    flips: tuple[tuple[int, ...], ...] = ()
+    """Test-time augmentation: axes 0-2 of each flip; the image as it is is always among them."""
+    keep_bytes: int = sliding.KEEP_BYTES
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Options:
+        flips = tuple(tuple(flip) for flip in row["flips"])
+        return cls(tuple(row["weights"]), flips, row["keep_bytes"])
+
+
+@dataclass(frozen=True, slots=True)
+class Segmented:
+    """labels: on the image's own voxels. windows: those used, `shrunk` where memory did not suffice for the bundle's.
+
+    streamed: false where the bundle's inferer or postprocessing is of a kind that runs whole, as MONAI would.
+    """
+
+    labels: np.ndarray = field(repr=False)
+    windows: tuple[int, ...]
+    shrunk: bool
+    streamed: bool
+    network_s: float
+
+
+# ------------------------------------------------------------------------------------------------ what lies there
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A bundle's folder whose weights are what they should be. digest: of every file's path and bytes."""
+
+    root: Path
+    digest: str
+
+
+def check(
+    root: Path,
+    weights: Sequence[str] = (WEIGHTS,),
+    expected: str = "",
+    digest_of: Callable[[Path], str] | None = None,
+) -> Checked:
+    """Digest the folder; refuse weights that differ from `large_files.yml` or that only unpickling would open.
+
+    `digest_of`: SHA-256 of a file's bytes, e.g. the context's cached one.
+
+    Raises `NotFoundError`, `WorkloadError`.
+    """
+    if not (root / CONFIG).is_file():
+        raise NotFoundError("The bundle has no configs/inference.json.", remedy="Give the folder of a MONAI bundle.")
+    files = sorted(path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    if len(files) > _MOST_FILES or any(not path.resolve().is_relative_to(root.resolve()) for path in files):
+        raise WorkloadError("The bundle holds too many files, or links out of itself.", remedy="Copy it as it came.")
+    digests = {str(path.relative_to(root)): (digest_of or _sha256)(path) for path in files}
+    digest = hashlib.sha256("".join(f"{name}\0{value}\n" for name, value in digests.items()).encode()).hexdigest()
+    if expected and digest != expected:
+        raise WorkloadError(
+            f"The bundle's digest is {digest}, not {expected}.", remedy="Fetch it again, or write the new digest."
+        )
+    for name in weights:
+        _check_weights(root, name, digests)
+    return Checked(root, digest)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_weights(root: Path, name: str, digests: Mapping[str, str]) -> None:
+    if name not in digests:
+        raise NotFoundError(f"The bundle has no {name}.", remedy="Download it: large_files.yml says from where.")
+    _compare_with_list(root, name)
+    if not zipfile.is_zipfile(root / name):
+        raise WorkloadError(
+            f"{name} is a bare pickle: reading it would run what it says.",
+            remedy="Save the state_dict again with torch.save (PyTorch ≥ 1.6) from a place you trust.",
+        )
+
+
+def _compare_with_list(root: Path, name: str) -> None:
+    """The bundle's own list of large files, where it has one."""
+    import yaml
+
+    listed = root / "large_files.yml"
+    rows = (yaml.safe_load(listed.read_text(encoding="utf-8")) or {}).get("large_files", ()) if listed.is_file() else ()
+    for row in rows:
+        kind, value = str(row.get("hash_type") or ""), str(row.get("hash_val") or "")
+        if row.get("path") != name or not value:
+            continue
+        if kind not in ("md5", "sha1", "sha256", "sha512"):
+            raise WorkloadError(f"large_files.yml gives {kind!r} of {name}, which is not known.")
+        with (root / name).open("rb") as file:
+            found = hashlib.file_digest(file, kind).hexdigest()
+        if found != value:
+            raise WorkloadError(
+                f"{name} has {kind} {found}, not {value} as large_files.yml says.", remedy="Download the weights again."
+            )
+
+
+def title(bundle: Checked) -> tuple[str, str]:
+    """Name and version as `metadata.json` has them; nothing in it is run."""
+    try:
+        row = json.loads((bundle.root / "configs" / "metadata.json").read_text(encoding="utf-8"))
+        return str(row.get("name") or bundle.root.name)[:64], str(row.get("version") or "unknown")[:64]
+    except (OSError, ValueError, AttributeError):
+        return "MONAI bundle", "unknown"
+
+
+def allowed() -> frozenset[str]:
+    """Digests whose code runs unsealed. Raises `WorkloadError` where a list cannot be read."""
+    import yaml
+
+    places = [Path(str(resources.files("permed_compute.cluster"))) / "bundles.yaml"]
+    if os.environ.get(ALLOWED):
+        places.append(Path(os.environ[ALLOWED]))
+    found: set[str] = set()
+    for place in places:
+        try:
+            rows = (yaml.safe_load(place.read_text(encoding="utf-8")) or {}).get("allowed") or {}
+        except (OSError, AttributeError, yaml.YAMLError):
+            raise WorkloadError("The list of allowed bundles cannot be read.", remedy=f"Mend {place.name}.") from None
+        found |= {str(digest) for digest in rows}
+    return frozenset(found)
+
+
+# ------------------------------------------------------------------------------------------------ the bundle, open
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A precision variant, the type of machine on which it was chosen ('' for eager), and its tolerance."""
+
+    name: str = precision.EAGER
+    machine: str = ""
+    tolerance: float = precision.TOLERANCE
+
+
+class Runner(Protocol):
+    """A bundle that is loaded and stays so from study to study."""
+
+    is_sealed: bool
+
+    def segment(self, image: Path, shape: Sequence[int], affine: np.ndarray, variant: Variant) -> Segmented:
+        """Labels on the voxels of a NIfTI of this shape and affine (RAS, mm). `image` is consumed."""
+        ...
+
+    def calibrate(self, tolerance: float) -> Mapping[str, Any]:
+        """The fastest variant within the tolerance on this machine: `precision.Choice` as a dict."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_bundle(bundle: Checked, options: Options, *, device: str, threads: int, scratch: Path) -> Runner:
+    """In this process where the digest is allowed; else sealed, or `EngineError` where that cannot be done here."""
+    if bundle.digest in allowed():
+        return Plain(bundle.root, options, device=device, threads=threads, scratch=scratch)
+    return Sealed(bundle, options, device=device, threads=threads, scratch=scratch)
+
+
+class Plain:
+    """The bundle in this process. What it says is run: only for digests that are trusted, or inside a sealed one."""
+
+    is_sealed = False
+
+    def __init__(self, root: Path, options: Options, *, device: str, threads: int, scratch: Path) -> None:
+        import torch
+        from monai.bundle.config_parser import ConfigParser
+
+        torch.set_num_threads(max(1, threads))
+        self.options, self.device, self.scratch = options, torch.device(device), scratch
+        if str(root) not in sys.path:
+            sys.path.insert(0, str(root))  # a bundle's own `scripts`
+        self.parser = ConfigParser()
+        self.parser.read_config(root / CONFIG)
+        raw = self.parser.get()
+        missing = [key for key in ("network_def", "inferer", "preprocessing") if key not in raw]
+        if missing:
+            raise WorkloadError(
+                f"inference.json has no {' and no '.join(missing)}.", remedy="See MONAI's bundle specification."
+            )
+        self.parser.update({"bundle_root": str(root), "device": f"$torch.device({device!r})"})
+        if "output_dir" in raw:
+            self.parser.update({"output_dir": str(scratch / "saved")})
+        self.decision, self.late = _decision(raw.get("postprocessing"))
+        self.preprocessing = self._content("preprocessing")
+        self.windows = _windows(self._content("inferer"))
+        self.networks = [self._network(root / name) for name in options.weights]
+        self.machine = precision.machine(device, threads)
+        self._clocks: dict[str, precision.Clock] = {}
+
+    def _content(self, key: str) -> Any:
+        return self.parser.get_parsed_content(key)
+
+    def _network(self, weights: Path) -> Any:
+        from copy import deepcopy
+
+        network = deepcopy(self._content("network_def"))  # the parser gives the same one again for an ensemble
+        state = _state_dict(weights)
+        try:
+            network.load_state_dict(state)
+        except RuntimeError:
+            raise WorkloadError(
+                f"{weights.name} does not fit the bundle's network.", remedy="Give the weights that belong to it."
+            ) from None
+        return network.to(self.device).eval()
+
+    def segment(self, image: Path, shape: Sequence[int], affine: np.ndarray, variant: Variant = Variant()) -> Segmented:
+        clock = self._clock(variant)
+        before = clock.seconds
+        item = self.preprocessing({"image": str(image)})
+        image.unlink(missing_ok=True)
+        data = item["image"]
+        if self.decision is None or self.windows is None:
+            return Segmented(self._whole(item, shape, clock), (), False, False, clock.seconds - before)
+        frame = Frame.of(np.asarray(data.affine), tuple(data.shape[1:]), affine, shape)
+        tensor = data.as_tensor().float().to(self.device)
+        found, used = sliding.fitting(self.windows, lambda windows: self._stream(tensor, windows, frame, clock))
+        roi = tuple(r if r > 0 else n for r, n in zip(used.roi_size, tensor.shape[1:], strict=True))
+        shrunk = used.roi_size != self.windows.roi_size
+        return Segmented(frame.back(found), roi, shrunk, True, clock.seconds - before)
+
+    def _clock(self, variant: Variant) -> precision.Clock:
+        """The predictor of a variant; one that was chosen on another type of machine must first show its labels here.
+
+        Raises `WorkloadError` where they differ by more than the tolerance.
+        """
+        if variant.name not in self._clocks:
+            predict = self._predictor(variant.name)
+            if variant.name != precision.EAGER and variant.machine != self.machine:
+                off = precision.deviation(predict, self._predictor(precision.EAGER), self._probe())
+                if off > variant.tolerance:
+                    raise WorkloadError(
+                        f"Variant {variant.name} differs from eager in {off:.2g} of the labels on this machine,"
+                        f" more than {variant.tolerance:g}.", remedy="Write `variant: eager`.",
+                    )  # fmt: skip
+            self._clocks[variant.name] = precision.Clock(predict, self.device)
+        return self._clocks[variant.name]
+
+    def _predictor(self, variant: str) -> sliding.Predict:
+        mean = sliding.ensemble([precision.apply(network, variant, str(self.device)) for network in self.networks])
+        flips = ((), *(flip for flip in self.options.flips if flip))
+        return sliding.flipped(mean, flips) if len(flips) > 1 else mean
+
+    def _probe(self) -> Any:
+        first = next(p for p in self.networks[0].parameters() if p.ndim == 5)
+        roi = self.windows.roi_size if self.windows is not None and min(self.windows.roi_size) > 0 else (96, 96, 96)
+        return precision.probe(int(first.shape[1]), roi, str(self.device))
+
+    def calibrate(self, tolerance: float) -> Mapping[str, Any]:
+        variants = {name: self._predictor(name) for name in precision.VARIANTS}
+        choice = precision.choose(
+            variants, self._probe(), tolerance=tolerance, machine=self.machine, clock=time.perf_counter
+        )
+        return choice.as_dict()
+
+    def _stream(self, tensor: Any, windows: Windows, frame: Frame, clock: precision.Clock) -> np.ndarray:
+        grid = None if self.late else frame.grid
+        found = sliding.labels(
+            tensor, clock, windows, grid=grid, decision=self.decision, keep_bytes=self.options.keep_bytes,
+            scratch=self.scratch,
+        )  # fmt: skip
+        return sliding.nearest(found, frame.grid) if self.late else found
+
+    def _whole(self, item: dict[str, Any], shape: Sequence[int], clock: precision.Clock) -> np.ndarray:
+        """As MONAI's evaluator: the whole logits, then the bundle's own postprocessing."""
+        import torch
+
+        with torch.inference_mode():
+            out = self._content("inferer")(inputs=item["image"][None].to(self.device), network=clock)
+        item["pred"] = out[0]
+        if "postprocessing" in self.parser.get():
+            item = self._content("postprocessing")(item)
+        found = np.asarray(item["pred"].cpu())
+        if found.shape != (1, *shape):
+            raise WorkloadError(
+                f"The bundle's postprocessing ends with {found.shape}, not one map of labels on the source's voxels.",
+                remedy="It must invert its preprocessing and decide for one label per voxel.",
+            )
+        return np.asarray(found[0], np.uint8 if found.max() <= 255 else np.int16)
+
+    def close(self) -> None:
+        self.networks.clear()
+
+
+def _state_dict(path: Path) -> Any:
+    """Tensors only: whatever else a pickle would make is refused. Raises `WorkloadError`."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
+        raise WorkloadError(
+            f"{path.name} holds pickled objects or code, not tensors only.",
+            remedy="Save the network's state_dict with torch.save.",
+        ) from None
+    for key in ("model", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            return state[key]
+    return state
+
+
+def _windows(inferer: Any) -> Windows | None:
+    """The bundle's windows; None where its inferer is of a kind that we do not stream."""
+    from monai.inferers.inferer import SimpleInferer, SlidingWindowInferer
+
+    if type(inferer) is SimpleInferer:
+        return Windows((-1, -1, -1))
+    if type(inferer) is not SlidingWindowInferer:
+        return None
+    roi, overlap = (_three(value) for value in (inferer.roi_size, inferer.overlap))
+    mode = "gaussian" if str(getattr(inferer.mode, "value", inferer.mode)) == "gaussian" else "constant"
+    sigma = inferer.sigma_scale if isinstance(inferer.sigma_scale, int | float) else inferer.sigma_scale[0]
+    padding = str(getattr(inferer.padding_mode, "value", inferer.padding_mode))
+    x, y, z = (int(r or -1) for r in roi)
+    return Windows(
+        (x, y, z), (float(overlap[0]), float(overlap[1]), float(overlap[2])), mode,  # type: ignore[arg-type]
+        float(sigma), int(inferer.sw_batch_size), padding, float(inferer.cval),
+    )  # fmt: skip
+
+
+def _three(value: Any) -> Sequence[Any]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,) * 3
+
+
+def _decision(postprocessing: Any) -> tuple[Decision | None, bool]:
+    """What the bundle's postprocessing decides, and whether it does so before it resamples; None: more than that."""
+    if postprocessing is None:
+        return Decision(), False
+    steps = postprocessing.get("transforms") if isinstance(postprocessing, Mapping) else None
+    if not isinstance(steps, list) or not all(isinstance(step, Mapping) for step in steps):
+        return None, False
+    order: list[str] = []
+    activation, kind, threshold, smooth = "none", "", 0.5, True
+    for step in steps:
+        name = str(step.get("_target_")).rpartition(".")[2]
+        if name in ("Activations", "Activationsd"):
+            activation = "softmax" if step.get("softmax") else "sigmoid" if step.get("sigmoid") else "other"
+            order.append("activate")
+        elif name == "Invertd":
+            smooth = step.get("nearest_interp", True) is False
+            order.append("invert")
+        elif name in ("AsDiscrete", "AsDiscreted"):
+            kind = "argmax" if step.get("argmax") is True else "threshold"
+            threshold = step.get("threshold", 0.5)
+            order.append("decide")
+        elif name not in _PASSING:
+            return None, False
+    late = order.index("decide") < order.index("invert") if {"decide", "invert"} <= {*order} else False
+    plain = [name for name in order if name != "activate"]
+    first = "activate" not in order or order[0] == "activate"
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if plain.count("decide") != 1 or plain.count("invert") != 1 or not first or smooth == late or not number:
+        return None, False
+    if activation == "other" or (kind == "threshold" and activation == "softmax"):
+        return None, False
+    return Decision(kind, activation, float(threshold)), late  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """How the source's voxels lie in the network's grid: parallel axes, swapped, reversed, scaled and moved."""
+
+    grid: Grid
+    axes: tuple[int, ...]
+    """Of the source, in the order of the network's."""
+    reversed: tuple[int, ...]
+    """Of the network's axes, those along which the source runs the other way."""
+
+    @classmethod
+    def of(cls, network: np.ndarray, size: Sequence[int], source: np.ndarray, shape: Sequence[int]) -> Frame:
+        """Both affines map indices to mm in RAS. Raises `WorkloadError` where the axes are not parallel."""
+        to = np.linalg.inv(network) @ source
+        axes = tuple(int(np.abs(row).argmax()) for row in to[:3, :3])
+        rest = np.abs(to[:3, :3]) * np.asarray(shape)
+        rest[np.arange(3), axes] = 0
+        if sorted(axes) != [0, 1, 2] or rest.max() > _DRIFT:
+            raise WorkloadError(
+                "The bundle's preprocessing turns the image; its grid is not parallel to the source's.",
+                remedy="Only orientation, spacing, cropping and padding can be undone while streaming.",
+            )
+        scale = [float(to[row, axis]) for row, axis in enumerate(axes)]
+        lengths = [int(shape[axis]) for axis in axes]
+        offset = [
+            float(to[row, 3]) + (s * (n - 1) if s < 0 else 0.0)
+            for row, (s, n) in enumerate(zip(scale, lengths, strict=True))
+        ]
+        x, y, z = (_whole_number(abs(s)) for s in scale)
+        i, j, k = (_whole_number(o) for o in offset)
+        grid = Grid((lengths[0], lengths[1], lengths[2]), (x, y, z), (i, j, k))
+        return cls(grid, axes, tuple(row for row, s in enumerate(scale) if s < 0))
+
+    def back(self, found: np.ndarray) -> np.ndarray:
+        """Labels on `grid`, in the source's order and direction of axes."""
+        return np.ascontiguousarray(np.flip(found, self.reversed).transpose(np.argsort(self.axes)))
+
+
+def _whole_number(value: float) -> float:
+    """Affines in float32 miss whole numbers by a hair; a voxel that lies on another is not interpolated."""
+    return float(round(value)) if abs(value - round(value)) < 1e-4 else value
+
+
+# ------------------------------------------------------------------------------------------------ sealed
+
+
+class Sealed:
+    """The bundle in a process of its own that stays from study to study; pixels in, labels out, through one folder."""
+
+    is_sealed = True
+
+    def __init__(self, bundle: Checked, options: Options, *, device: str, threads: int, scratch: Path) -> None:
+        self.folder = scratch / "sealed" / "folder"
+        self.folder.mkdir(parents=True, mode=0o700)
+        self._limit = LONGEST_STUDY_S
+        setup = {"root": str(bundle.root.resolve()), "device": device, "threads": threads, "options": asdict(options)}
+        answer, give = os.pipe()
+        log = self.folder / "log"
+        command = [
+            sys.executable, "-I", "-m", sealed.__name__, str(self.folder), str(bundle.root.resolve()), "--", __name__,
+            str(give),
+        ]  # fmt: skip
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(give,),
+                env=_environment(self.folder, threads), cwd=self.folder, start_new_session=True,
+            )  # fmt: skip
+        os.close(give)
+        self._answers = os.fdopen(answer, encoding="utf-8", errors="replace")
+        self._ask(setup)
+
+    def segment(self, image: Path, shape: Sequence[int], affine: np.ndarray, variant: Variant = Variant()) -> Segmented:
+        given, found = self.folder / "image.nii", self.folder / "labels.npy"
+        shutil.move(image, given)
+        row = self._ask({
+            "image": str(given), "shape": list(shape), "affine": np.asarray(affine).tolist(),
+            "variant": [variant.name, variant.machine, variant.tolerance],
+        })  # fmt: skip
+        try:
+            labels = np.load(found, allow_pickle=False)
+        except (OSError, ValueError):
+            raise WorkloadError("The sealed bundle left no labels.", remedy="See the bundle's own tests.") from None
+        finally:
+            given.unlink(missing_ok=True)
+            found.unlink(missing_ok=True)
+        if labels.shape != tuple(shape) or labels.dtype not in (np.uint8, np.int16):
+            raise WorkloadError("The sealed bundle left something else than labels of the image's voxels.")
+        windows = tuple(int(n) for n in row["windows"])[:3]
+        return Segmented(labels, windows, bool(row["shrunk"]), bool(row["streamed"]), float(row["network_s"]))
+
+    def calibrate(self, tolerance: float) -> Mapping[str, Any]:
+        row = self._ask({"tolerance": tolerance})
+        if row.get("variant") not in precision.VARIANTS:
+            raise WorkloadError("The sealed bundle chose a variant that does not exist.")
+        return row
+
+    def _ask(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """One line each way. What the sealed process says is data: only its kind of error is told on, not its words."""
+        watch = Timer(self._limit, self._process.kill)
+        watch.daemon = True
+        watch.start()
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write((json.dumps(row) + "\n").encode())
+            self._process.stdin.flush()
+            answer = json.loads(self._answers.readline(1 << 16))
+            if "error" in answer:
+                raise _told(answer["error"])
+            return dict(answer)
+        except (OSError, ValueError, TypeError, KeyError):
+            raise self._lost() from None
+        finally:
+            watch.cancel()
+
+    def _lost(self) -> PermedError:
+        status = self._end()
+        if status == sealed.UNSEALED:
+            reason = (self.folder / "log").read_text(encoding="utf-8", errors="replace")
+            reason = next((line for line in reason.splitlines() if line.startswith("not sealed: ")), "not sealed")
+            return EngineError(
+                f"This machine cannot seal code that nobody vouches for ({reason.removeprefix('not sealed: ')}).",
+                remedy="Run where Linux is 6.2 or later on x86-64, or let an operator allow the bundle's digest.",
+            )
+        return WorkloadError(
+            f"The sealed bundle ended (status {status}): it broke, or tried what it may not.",
+            remedy="If it is trusted, an operator can allow its digest.",
+        )
+
+    def _end(self) -> int:
+        for pipe in (self._process.stdin, self._answers):
+            with suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
+        try:
+            return self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def close(self) -> None:
+        self._end()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_answers") and self._process.poll() is None:
+            self.close()
+
+
+_KINDS: dict[str, type[PermedError]] = {
+    "out-of-memory": sliding.OutOfMemoryError,
+    "workload": WorkloadError,
+    "not-found": NotFoundError,
+}
+
+
+def _told(error: Any) -> PermedError:
+    kind = _KINDS.get(str(error.get("code")))
+    text = "".join(c for c in str(error.get("message"))[:300] if c.isprintable())
+    if kind is None:
+        return WorkloadError(f"The sealed bundle raised {text[:60]}.", remedy="See the bundle's own tests.")
+    return kind(f"In the sealed bundle: {text}")
+
+
+def _environment(folder: Path, threads: int) -> dict[str, str]:
+    """Nothing of the caller's: variables hold tokens."""
+    kept = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH") if name in os.environ}
+    threading = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    places = {name: str(folder) for name in ("HOME", "TMPDIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")}
+    return {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", **kept, **threading, **places}
+
+
+def main(arguments: list[str]) -> int:
+    """Inside the sealed process: set up from the first line of stdin, then a study per line, until it is closed."""
+    folder = Path.cwd()
+    with os.fdopen(int(arguments[0]), "w", encoding="utf-8") as answers:
+        runner: Plain | None = None
+        for line in sys.stdin:
+            row = json.loads(line)
+            try:
+                if runner is None:
+                    options = Options.of(row["options"])
+                    runner = Plain(
+                        Path(row["root"]), options, device=row["device"], threads=row["threads"], scratch=folder
+                    )
+                    answer: dict[str, Any] = {}
+                elif "tolerance" in row:
+                    answer = dict(runner.calibrate(row["tolerance"]))
+                else:
+                    variant = Variant(*row["variant"])
+                    done = runner.segment(Path(row["image"]), row["shape"], np.array(row["affine"]), variant)
+                    np.save(folder / "labels.npy", done.labels, allow_pickle=False)
+                    answer = {
+                        "windows": done.windows, "shrunk": done.shrunk, "streamed": done.streamed,
+                        "network_s": done.network_s,
+                    }  # fmt: skip
+            except PermedError as error:
+                answer = {"error": {"code": error.code, "message": str(error)}}
+            except Exception as error:  # noqa: BLE001 - the bundle's code raises whatever it likes
+                answer = {"error": {"code": "code", "message": type(error).__name__}}
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+    return 0

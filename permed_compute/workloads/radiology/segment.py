@@ -1,0 +1,335 @@
+"""Job `radiology/segment`: any MONAI bundle over any mixture of DICOM; per image series labels, a SEG, a table.
+
+`inputs`: the images, and `bundle`, the folder of a MONAI bundle as it was published.
+
+`params` of the job:
+    bundle_digest      ''             refuse another bundle than this; the job's result names the digest
+    modalities         [CT]           series of other modalities are passed over with a finding
+    accept_incomplete  false          compute also where the numbering suggests that slices are missing at an end
+    segments           []             of label 1, 2 …: {label: Spleen, code: [78961009, SCT, Spleen]}; [] writes no SEG
+    weights            [models/model.pt]    several are an ensemble: the mean of their logits
+    flips              []             test-time augmentation: axes of each flip, e.g. [[0], [1], [0, 1]]
+    variant            eager          jit, compile, bf16, or auto: the fastest within `tolerance`, measured once per
+                                      model and type of machine (`precision.py`); part of every key
+    tolerance          0.0001         share of labels that may differ from eager float32's
+    keep_memory        512MiB         of logits; above it they lie in the worker's scratch folder
+    ahead_memory       2GiB           of decoded studies in one worker; the next one waits for it, one always may
+
+With `auto` the first round is one part, the measurement; the ledger keeps it, so that it is made once.
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import shutil
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from permed_compute.errors import Finding, Problem, SpecError, WorkloadError
+from permed_compute.spec import JobSpec, parse_memory
+from permed_compute.workloads.port import Context, DonePart, Map, Next, Part, PartResult, Result
+from permed_compute.workloads.radiology import bundle, infer, precision, read
+from permed_compute.workloads.radiology.read import Series, Volume
+
+SEG, NIFTI, OVERLAY = "segmentation.dcm", "labels.nii.gz", "overlay.png"
+VERSION = "1"
+BUNDLE = "bundle"
+_CALIBRATE = "calibrate"
+_BYTES_PER_VOXEL = 8
+"""While a study is decoded: its planes, and the volume made of them."""
+
+
+# ------------------------------------------------------------------------------------------------ params
+
+
+def _memory(value: Any) -> bool:
+    try:
+        return parse_memory(value) >= 0
+    except ValueError:
+        return False
+
+
+def _is_segment(row: Any) -> bool:
+    good = isinstance(row, Mapping) and {*row} == {"label", "code"} and isinstance(row["code"], list | tuple)
+    return bool(good and len(row["code"]) == 3 and isinstance(row["label"], str) and row["label"])
+
+
+def _is_flip(row: Any) -> bool:
+    return isinstance(row, list | tuple) and set(row) <= {0, 1, 2} and len(set(row)) == len(row)
+
+
+def _listed(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(test(row) for row in value)
+
+
+_CHOICES = (*precision.VARIANTS, "auto")
+_PARAMS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "bundle_digest": ("", lambda v: isinstance(v, str) and len(v) in (0, 64), "a SHA-256"),
+    "modalities": (["CT"], lambda v: _listed(read.VOLUME_MODALITIES.__contains__)(v) and bool(v), "modalities"),
+    "accept_incomplete": (False, lambda v: isinstance(v, bool), "true or false"),
+    "segments": ([], _listed(_is_segment), "a list of {label, code: [value, scheme, meaning]}"),
+    "weights": ([bundle.WEIGHTS], lambda v: _listed(lambda n: isinstance(n, str))(v) and bool(v), "a list of files"),
+    "flips": ([], _listed(_is_flip), "a list of lists of axes 0, 1, 2"),
+    "variant": (precision.EAGER, lambda v: v in _CHOICES, f"one of {', '.join(_CHOICES)}"),
+    "tolerance": (precision.TOLERANCE, lambda v: isinstance(v, int | float) and 0 <= v < 1, "a share below 1"),
+    "keep_memory": ("512MiB", _memory, "an amount of memory, e.g. 512MiB"),
+    "ahead_memory": ("2GiB", _memory, "an amount of memory, e.g. 2GiB"),
+}
+
+
+def params_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The job's params with defaults. Raises `SpecError` naming every one that is wrong."""
+    problems = [
+        Problem(f"params.{name}", "is not a parameter of radiology/segment.", remedy=f"Write one of {list(_PARAMS)}.")
+        for name in given
+        if name not in _PARAMS
+    ]
+    values = {name: given.get(name, default) for name, (default, _, _) in _PARAMS.items()}
+    problems += [
+        Problem(f"params.{name}", f"is {values[name]!r}, not {words}.")
+        for name, (_, test, words) in _PARAMS.items()
+        if not test(values[name])
+    ]
+    if problems:
+        raise SpecError("params", problems)
+    return values
+
+
+def checked_bundle(spec: JobSpec, ctx: Context) -> bundle.Checked:
+    params = params_of(spec.params)
+    return bundle.check(ctx.input(BUNDLE), params["weights"], params["bundle_digest"], ctx.digest)
+
+
+# ------------------------------------------------------------------------------------------------ plan
+
+
+def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part]:
+    """With `auto` first the measurement; then a part per image series below the inputs but the bundle."""
+    params = params_of(spec.params)
+    images = [ref for ref in spec.inputs if ref.name != BUNDLE]
+    if not images:
+        raise WorkloadError("The job names no images.", remedy="Write a DICOM folder under `inputs:`, beside `bundle`.")
+    checked = checked_bundle(spec, ctx)
+    common = {
+        "weights": list(params["weights"]), "flips": [list(flip) for flip in params["flips"]],
+        "tolerance": params["tolerance"],
+    }  # fmt: skip
+    if params["variant"] == "auto" and not state:
+        device = {"machine": precision.machine(ctx.device, ctx.threads), "flavors": list(spec.resources.flavors)}
+        return [Part(name=_CALIBRATE, inputs=(checked.digest,), params={"step": _CALIBRATE, **common, **device})]
+    chosen = state.get("variant") or {"variant": params["variant"], "machine": ""}
+    return [
+        Part(
+            name=f"series-{series.digest[:16]}",
+            inputs=series.inputs,
+            params={
+                "step": "segment", **common, "variant": chosen["variant"], "machine": chosen["machine"],
+                "modalities": list(params["modalities"]), "accept_incomplete": params["accept_incomplete"],
+                "segments": [dict(row) for row in params["segments"]],
+            },
+            sources=series.sources,
+            subject=ctx.pseudonym(series.patient) if series.patient else "",
+        )
+        for series in infer.wanted(images, params["modalities"], ctx)
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ load
+
+
+class Budget:
+    """Bytes of decoded studies that one process holds at a time; one study always may."""
+
+    def __init__(self) -> None:
+        self._held, self._changed = 0, threading.Condition()
+
+    def admit(self, size: int, most: int, stop: Callable[[], bool]) -> None:
+        """Wait until `size` more bytes are at most `most`, or nothing is held. Raises `WorkloadError` once stopped."""
+        with self._changed:
+            while self._held and self._held + size > most:
+                if not self._changed.wait(1.0):
+                    gc.collect()  # a study that failed may hang in its own traceback
+                    if stop():
+                        raise WorkloadError("The attempt was stopped while a study waited for memory.")
+            self._held += size
+
+    def release(self, size: int) -> None:
+        with self._changed:
+            self._held -= size
+            self._changed.notify_all()
+
+
+BUDGET = Budget()
+
+
+@dataclass(eq=False)
+class Study:
+    """A decoded series on its way to the network. Its bytes are the budget's until it is let go."""
+
+    part: Part
+    volume: Volume
+    size: int
+    image: Path
+    """The volume as NIfTI in the worker's scratch folder: what bundles' own loading transforms read."""
+    release: Callable[[], Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.release = weakref.finalize(self, _let_go, self.size, self.image)
+
+
+def _let_go(size: int, image: Path) -> None:
+    image.unlink(missing_ok=True)
+    BUDGET.release(size)
+
+
+def load(part: Part, ctx: Context) -> Any:
+    """The part's series, checked and decoded once there is memory for it, while another one runs."""
+    if part.params["step"] == _CALIBRATE:
+        return part
+    series = infer.planned(part, ctx)
+    size = _size(series)
+    with ctx.stage("wait for memory"):
+        BUDGET.admit(size, parse_memory(params_of(ctx.spec.params)["ahead_memory"]) << 20, ctx.should_stop)
+    image = ctx.scratch / f"{part.name}.nii"
+    try:
+        with ctx.stage("read"):
+            volume = read.assemble(series, ctx.threads)
+        advice = "Write the modality that the bundle was made for under `params: {modalities: …}`."
+        infer.refuse_unsuitable(series, volume, part.params["modalities"], part.params["accept_incomplete"], advice)
+        with ctx.stage("prepare"):
+            write_image(volume, image)
+    except BaseException:
+        _let_go(size, image)
+        raise
+    return Study(part, volume, size, image)
+
+
+def _size(series: Series) -> int:
+    return sum(item.rows * item.columns for item in series.slices) * _BYTES_PER_VOXEL
+
+
+def write_image(volume: Volume, path: Path) -> None:
+    """Pixels and affine only, uncompressed: nothing that names a person."""
+    import nibabel
+
+    image: Any = nibabel.Nifti1Image(np.asfortranarray(volume.array), volume.affine_ras)  # type: ignore[no-untyped-call]
+    image.to_filename(path)
+
+
+# ------------------------------------------------------------------------------------------------ run
+
+
+def run(data: Any, model: bundle.Runner, ctx: Context) -> PartResult:
+    """Labels on the source's voxels, as NIfTI, as SEG where the segments are named, and as a picture."""
+    if not isinstance(data, Study):
+        with ctx.stage("calibrate"):
+            return PartResult(dict(model.calibrate(data.params["tolerance"])))
+    try:
+        return _segment(data, model, ctx)
+    finally:
+        data.release()
+
+
+def _segment(study: Study, model: bundle.Runner, ctx: Context) -> PartResult:
+    from permed_compute.workloads.radiology import outputs
+
+    volume, params = study.volume, study.part.params
+    variant = bundle.Variant(params["variant"], params["machine"], params["tolerance"])
+    with ctx.stage("infer"):
+        done = model.segment(study.image, volume.array.shape, volume.affine_ras, variant)
+    most = int(done.labels.max(initial=0))
+    if most > 255:
+        raise WorkloadError(f"The bundle gave label {most}; results hold 255.", remedy="Split the bundle's classes.")
+    segments = tuple(outputs.Segment(row["label"], tuple(row["code"])) for row in params["segments"])
+    with ctx.stage("write"):
+        outputs.write_nifti(done.labels, volume, ctx.out / NIFTI)
+        outputs.write_overlay(done.labels > 0, volume, ctx.out / OVERLAY)
+        if segments:
+            outputs.write_seg(done.labels, volume, ctx.out / SEG, _algorithm(segments, params, ctx), ctx.spec.purpose)
+    counts = np.bincount(done.labels.reshape(-1))
+    values = {
+        "volumes_ml": {str(k): round(int(n) * volume.voxel_ml, 3) for k, n in enumerate(counts) if k and n},
+        "shape": [int(length) for length in volume.array.shape],
+        "spacing_mm": [round(length, 6) for length in volume.spacing],
+        "series": volume.series, "modality": volume.modality, "device": ctx.device, "variant": params["variant"],
+        "sealed": model.is_sealed, "streamed": done.streamed, "windows": list(done.windows),
+        "network_s": round(done.network_s, 4), "findings": [finding.code for finding in volume.findings],
+    }  # fmt: skip
+    findings = [*volume.findings]
+    if done.shrunk:
+        sentence = "Memory did not suffice for the bundle's windows; labels are those of smaller ones."
+        numbers = {"windows": list(done.windows)}
+        findings.append(Finding("WINDOWS_SHRUNK", sentence, "note", volume.series, numbers))
+    return PartResult(values, findings)
+
+
+def _algorithm(segments: tuple[Any, ...], params: Mapping[str, Any], ctx: Context) -> Any:
+    from permed_compute.workloads.radiology import outputs
+
+    checked = checked_bundle(ctx.spec, ctx)
+    name, version = bundle.title(checked)
+    text = f"variant={params['variant']} flips={params['flips']} weights={len(params['weights'])}"
+    label = segments[0].label if len(segments) == 1 else name
+    return outputs.Algorithm(name, version, checked.digest, text, label[:16], segments)
+
+
+# ------------------------------------------------------------------------------------------------ reduce and model
+
+
+def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) -> Result | Next:
+    """After the measurement, the choice; after the series, a table of volumes and the pictures."""
+    params = params_of(ctx.spec.params)
+    if params["variant"] == "auto" and not state:
+        if not results:
+            raise WorkloadError(
+                "The variants could not be measured.", remedy="Write `variant: eager`; see `permed logs`."
+            )
+        chosen = dict(results[0].values)
+        ctx.log(f"variant {chosen['variant']}: {chosen['seconds']}")
+        return Next({"variant": chosen})
+    done = sorted(results, key=lambda item: item.part.name)
+    with (ctx.out / "volumes.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(("part", "label", "name", "volume_ml"))
+        names = {str(k): row["label"] for k, row in enumerate(params["segments"], 1)}
+        for item in done:
+            rows = item.values["volumes_ml"].items()
+            table.writerows((item.part.name, label, names.get(label, ""), volume) for label, volume in rows)
+    figures = []
+    for item in done:
+        picture = f"{item.part.name}-{OVERLAY}"
+        shutil.copyfile(item.folder / OVERLAY, ctx.out / picture)
+        figures.append((picture, f"Outline of all labels ({item.part.name})"))
+    values = {
+        "bundle_digest": checked_bundle(ctx.spec, ctx).digest, "variant": dict(state.get("variant") or {}),
+        "parts": {item.part.name: dict(item.values) for item in done},
+    }  # fmt: skip
+    metrics = {"series": float(len(done)), "network_s": sum(float(item.values["network_s"]) for item in done)}
+    return Result(values=values, metrics=metrics, figures=figures)
+
+
+def load_model(spec: JobSpec, ctx: Context) -> bundle.Runner:
+    """The bundle, loaded once per worker: here where its digest is allowed, else in a sealed process."""
+    params = params_of(spec.params)
+    flips = tuple(tuple(flip) for flip in params["flips"])
+    options = bundle.Options(tuple(params["weights"]), flips, parse_memory(params["keep_memory"]) << 20)
+    with ctx.stage("load model"):
+        return bundle.open_bundle(
+            checked_bundle(spec, ctx), options, device=ctx.device, threads=ctx.threads, scratch=ctx.scratch
+        )
+
+
+def model_digest(spec: JobSpec, ctx: Context) -> str:
+    return checked_bundle(spec, ctx).digest
+
+
+WORKLOAD = Map(
+    plan=plan, model=load_model, load=load, run=run, reduce=reduce, model_digest=model_digest, version=VERSION
+)

@@ -1,0 +1,159 @@
+"""The job: any bundle over series, variants measured once, studies decoded ahead within a budget."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import threading
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from pydicom import dcmread
+
+from permed_compute.errors import RefusedInput, SpecError, WorkloadError
+from permed_compute.spec import DataRef, JobSpec
+from permed_compute.testing.context import LocalContext, run_map
+from permed_compute.workloads.radiology import bundle, segment
+from permed_compute.workloads.radiology.segment import NIFTI, OVERLAY, SEG, WORKLOAD, Budget, params_of
+
+from .bundles import config, write_bundle
+from .made import load, write
+
+SEGMENTS = [{"label": name, "code": [str(n), "99PERMED", name]} for n, name in enumerate(("One", "Two"), 1)]
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    """A bundle that an operator has allowed."""
+    made = write_bundle(tmp_path / "bundle", config())
+    listed = tmp_path / "bundles.yaml"
+    listed.write_text(f"allowed: {{{bundle.check(made).digest}: for a test}}\n")
+    monkeypatch.setenv(bundle.ALLOWED, str(listed))
+    return made
+
+
+def spec(images: Path, root: Path, **params: object) -> JobSpec:
+    inputs = (DataRef(path=str(images)), DataRef(path=str(root), name="bundle"))
+    return JobSpec(name="t", workload="radiology/segment", inputs=inputs, params={"modalities": ["MR"], **params})
+
+
+def test_each_series_gives_labels_a_seg_a_picture_and_rows(tmp_path, root):
+    write(tmp_path / "in" / "a")
+    write(tmp_path / "in" / "b", series="b", gap=1.5)
+    outcome = run_map(WORKLOAD, spec(tmp_path / "in", root, segments=SEGMENTS), tmp_path / "w")
+    assert len(outcome.done) == 2 and not outcome.failures
+    runner = bundle.Plain(root, bundle.Options(), device="cpu", threads=1, scratch=tmp_path)
+    runner.decision = None  # as MONAI's evaluator
+    for item in outcome.done:
+        assert {file.name for file in item.folder.iterdir()} == {SEG, NIFTI, OVERLAY}
+        volume = next(v for v in (load(tmp_path / "in" / n) for n in "ab") if v.series == item.values["series"])
+        segment.write_image(volume, tmp_path / "i.nii")
+        expected = runner.segment(tmp_path / "i.nii", volume.array.shape, volume.affine_ras).labels
+        found = nibabel.load(item.folder / NIFTI)
+        assert np.array_equal(np.asarray(found.dataobj), expected)
+        assert np.allclose(found.affine, volume.affine_ras, atol=1e-4)
+        assert [s.SegmentLabel for s in dcmread(item.folder / SEG).SegmentSequence] == ["One", "Two"]
+        assert item.values["streamed"] and not item.values["sealed"] and item.values["variant"] == "eager"
+        for label, volume_ml in item.values["volumes_ml"].items():
+            assert volume_ml == pytest.approx((expected == int(label)).sum() * volume.voxel_ml, abs=1e-3)
+    rows = list(csv.DictReader((outcome.context.out / "volumes.csv").read_text().splitlines()))
+    assert len(rows) == sum(len(item.values["volumes_ml"]) for item in outcome.done)
+    assert outcome.result.values["bundle_digest"] == bundle.check(root).digest
+    assert not list((tmp_path / "w").rglob("*.nii")), "nothing decoded is left behind"
+
+
+def test_without_codes_there_is_no_seg(tmp_path, root):
+    write(tmp_path / "in")
+    (item,) = run_map(WORKLOAD, spec(tmp_path / "in", root), tmp_path / "w").done
+    assert not (item.folder / SEG).exists() and (item.folder / NIFTI).exists()
+
+
+def test_a_bad_series_fails_alone_and_gives_its_memory_back(tmp_path, root):
+    write(tmp_path / "in" / "a")
+    write(tmp_path / "in" / "b", series="b", edit=lambda k, ds: None if k == 3 else ds)
+    outcome = run_map(WORKLOAD, spec(tmp_path / "in", root), tmp_path / "w")
+    (error,) = outcome.failures.values()
+    assert isinstance(error, RefusedInput) and error.finding.code == "MISSING_SLICES" and len(outcome.done) == 1
+    gc.collect()
+    assert segment.BUDGET._held == 0
+
+
+def test_the_variant_is_measured_once_and_is_part_of_the_key(tmp_path, root, monkeypatch):
+    write(tmp_path / "in")
+    asked = []
+
+    def measured(self, tolerance):
+        asked.append(tolerance)
+        return {"variant": "jit", "machine": self.machine, "seconds": {"eager": 2.0, "jit": 1.0}}
+
+    monkeypatch.setattr(bundle.Plain, "calibrate", measured)
+    job = spec(tmp_path / "in", root, variant="auto", tolerance=0.01)
+    outcome = run_map(WORKLOAD, job, tmp_path / "w")
+    (item,) = outcome.done
+    assert asked == [0.01] and item.part.params["variant"] == "jit" and item.values["variant"] == "jit"
+    ctx = LocalContext(tmp_path / "p", job)
+    (first,) = WORKLOAD.plan(job, {}, ctx)
+    assert first.params["step"] == "calibrate" and first.inputs == (bundle.check(root).digest,)
+    assert list(WORKLOAD.plan(job, {}, ctx)) == [first], "the same key: the ledger measures no second time"
+    eager = spec(tmp_path / "in", root)
+    (other,) = WORKLOAD.plan(eager, {}, LocalContext(tmp_path / "q", eager))
+    assert other.name == item.part.name and other.params != item.part.params
+
+
+def test_another_bundle_than_the_one_named_is_refused_before_anything_runs(tmp_path, root):
+    write(tmp_path / "in")
+    with pytest.raises(WorkloadError, match="digest"):
+        run_map(WORKLOAD, spec(tmp_path / "in", root, bundle_digest="0" * 64), tmp_path / "w")
+
+
+def test_wrong_parameters_are_all_named():
+    wrong = {"variant": "int3", "flips": [[3]], "segments": [{"label": "x"}], "keep_memory": 5, "colour": 1}
+    with pytest.raises(SpecError) as caught:
+        params_of(wrong)
+    assert {problem.where for problem in caught.value.problems} == {f"params.{name}" for name in wrong}
+
+
+def test_a_study_waits_for_memory_and_one_always_may():
+    budget, order = Budget(), []
+    budget.admit(100, 10, lambda: False)
+
+    def second():
+        budget.admit(6, 10, lambda: False)
+        order.append("second")
+
+    waiting = threading.Thread(target=second, daemon=True)
+    waiting.start()
+    waiting.join(0.2)
+    assert not order
+    order.append("released")
+    budget.release(100)
+    waiting.join(10)
+    assert order == ["released", "second"]
+    budget.admit(4, 10, lambda: False)
+    with pytest.raises(WorkloadError, match="stopped"):
+        budget.admit(1, 10, lambda: True)
+
+
+def test_the_shipped_job_is_valid():
+    from importlib import resources
+
+    from permed_compute import spec as specs
+
+    job = specs.load(Path(str(resources.files("permed_compute.jobs"))) / "radiology/segment/job.yaml")
+    given = params_of(job.params)
+    assert job.workload == "radiology/segment" and given == params_of(replace_lists(given))
+
+
+def replace_lists(given):
+    return {name: value for name, value in given.items() if name not in ("bundle_digest", "accept_incomplete")}
+
+
+@pytest.mark.gpu
+def test_the_job_on_a_gpu(tmp_path, root):
+    write(tmp_path / "in")
+    job = spec(tmp_path / "in", root)
+    cpu, gpu = (run_map(WORKLOAD, job, tmp_path / device, device=device) for device in ("cpu", "cuda:0"))
+    one, two = (np.asarray(nibabel.load(o.done[0].folder / NIFTI).dataobj) for o in (cpu, gpu))
+    assert (one != two).mean() <= 1e-3
