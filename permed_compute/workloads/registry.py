@@ -24,6 +24,7 @@ CATALOG = {
     "pathology/encode": "permed_compute.workloads.pathology.encode:WORKLOAD",
     "pathology/tiles": "permed_compute.workloads.pathology.tiles:WORKLOAD",
     "radiology/brain-extraction": "permed_compute.workloads.radiology.infer:WORKLOAD",
+    "radiology/evaluate": "permed_compute.workloads.radiology.evaluate:WORKLOAD",
     "radiology/ingest": "permed_compute.workloads.radiology.ingest:WORKLOAD",
     "radiology/segment": "permed_compute.workloads.radiology.segment:WORKLOAD",
     "radiology/worklist": "permed_compute.workloads.radiology.worklist:WORKLOAD",
