@@ -18,9 +18,9 @@ TITLE = "Segmenting a volume"
 WHY = (
     "Sliding windows, stitching, resampling to the source's grid and argmax, with the same U-Net (MONAI's, 122 k"
     " parameters, one thread). MONAI's way: sliding_window_inference, Resize, AsDiscrete. nnU-Net's way: the same"
-    " stitching, skimage's resize per class, argmax. Extra memory: the most resident memory above what was there before."
+    " stitching, skimage's resize per class, argmax. Extra memory: the most resident memory beyond what was there."
 )
-_SIZES = {2: ((144, 144, 144), (192, 192, 192), 96), 25: ((80, 128, 128), (160, 256, 256), 64)}
+_SIZES = {2: ((144, 144, 144), (192, 192, 192), 96), 25: ((100, 160, 160), (200, 320, 320), 64)}
 """Classes → the network's grid, the source's, the window."""
 _QUICK = {2: ((32, 32, 32), (40, 40, 40), 16), 25: ((16, 32, 32), (32, 64, 64), 16)}
 _EXTRA: dict[tuple[str, int], float] = {}
