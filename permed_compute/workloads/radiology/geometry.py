@@ -64,6 +64,8 @@ class Slice:
     tilt: float = 0.0
     localiser: bool = False
     overlong: bool = False
+    native: tuple[int, int, int, bool] | None = None
+    """Where uncompressed little-endian pixels stand in the source: offset, bits allocated, bits stored, signed."""
     unreadable: str = ""
     """Keyword of the first geometry attribute whose text is not numbers."""
 

@@ -19,9 +19,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
@@ -42,7 +42,8 @@ _HEADER = (
     "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "ImagePositionPatient",
     "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices", "GantryDetectorTilt",
     "InstanceNumber", "ImagesInAcquisition", "FrameOfReferenceUID", "RescaleSlope", "RescaleIntercept",
-    "ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "BitsAllocated",
+    "BitsStored", "HighBit", "PixelRepresentation",
 )  # fmt: skip
 _PIXELS = (
     "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration",
@@ -284,12 +285,13 @@ def _header(source: str, digest: Digest) -> Finding | tuple[Identity, list[Slice
                 return _unreadable("EMPTY_FILE", "A file of zero bytes was skipped.", about)
             file.seek(0)
             ds = read_dataset(file, _HEADER)
+            behind = (file.tell(), file.read(12)) if ds is not None else (0, b"")
     except OSError as error:
         return _unreadable("UNREADABLE_FILE", f"A file could not be read ({error.__class__.__name__}).", "")
     if ds is None:
         return _unreadable("NOT_DICOM", "A file that is not DICOM was skipped.", about)
     try:
-        return _planes(ds, source, about)
+        return _planes(ds, source, about, behind)
     except Exception:  # noqa: BLE001 - pydicom converts values as they are asked for, and raises what it likes
         return _unreadable("BROKEN_HEADER", "A DICOM file whose header holds impossible values was skipped.", about)
 
@@ -323,35 +325,90 @@ def read_dataset(file: BinaryIO, keywords: Sequence[str] | None = None, *, pixel
         return None
 
 
-def _planes(ds: Any, source: str, about: str) -> Finding | tuple[Identity, list[Slice]] | None:
+def _planes(
+    ds: Any, source: str, about: str, behind: tuple[int, bytes]
+) -> Finding | tuple[Identity, list[Slice]] | None:  # fmt: skip
+    """behind: where the header ends, and the bytes that follow."""
     meta = getattr(ds, "file_meta", None) or {}
-    sop_class = str(ds.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID", ""))
+    sop_class = _text(ds, "SOPClassUID") or str(meta.get("MediaStorageSOPClassUID", ""))
     if sop_class == _MEDIA_DIRECTORY:
         return None
     identity = (
-        str(ds.get("StudyInstanceUID") or ""), str(ds.get("SeriesInstanceUID") or ""),
-        str(ds.get("PatientID") or ""), str(ds.get("Modality") or ""),
+        _text(ds, "StudyInstanceUID"), _text(ds, "SeriesInstanceUID"), _text(ds, "PatientID"), _text(ds, "Modality"),
     )  # fmt: skip
-    if not ds.get("Rows") or not ds.get("Columns"):
+    rows, columns = _count(ds, "Rows"), _count(ds, "Columns")
+    if not rows or not columns:
         if identity[3] in VOLUME_MODALITIES or not identity[1]:
             return _unreadable("BROKEN_HEADER", "A DICOM file broken off in its header was skipped.", about)
         return identity, []
-    instance = str(ds.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID", ""))
-    image_type = [str(value).upper() for value in many(ds.get("ImageType"))]
+    instance = _text(ds, "SOPInstanceUID") or str(meta.get("MediaStorageSOPInstanceUID", ""))
+    image_type = _text(ds, "ImageType").upper().split("\\")
     numbers = _Numbers()
-    frames = int(ds.get("NumberOfFrames") or 1)
+    frames = int(_text(ds, "NumberOfFrames") or 1)
     plane = Slice(
         source=source, digest=about, frame=None, sop_class=sop_class, sop_instance=instance,
-        rows=int(ds.Rows), columns=int(ds.Columns), position=None, orientation=None, spacing=None,
-        photometric=str(ds.get("PhotometricInterpretation", "")), samples=int(ds.get("SamplesPerPixel") or 1),
-        modality_lut="ModalityLUTSequence" in ds, frame_of_reference=str(ds.get("FrameOfReferenceUID") or ""),
+        rows=rows, columns=columns, position=None, orientation=None, spacing=None,
+        photometric=_text(ds, "PhotometricInterpretation"), samples=_count(ds, "SamplesPerPixel") or 1,
+        modality_lut="ModalityLUTSequence" in ds, frame_of_reference=_text(ds, "FrameOfReferenceUID"),
         patient=identity[2], number=numbers.whole(ds, "InstanceNumber"),
         expected=numbers.whole(ds, "ImagesInAcquisition"), tilt=numbers.one(ds, "GantryDetectorTilt") or 0.0,
         localiser="LOCALIZER" in image_type[2:3],
+        native=_native(ds, str(meta.get("TransferSyntaxUID", "")), *behind) if frames == 1 else None,
     )  # fmt: skip
     if frames > 1 or "PerFrameFunctionalGroupsSequence" in ds:
         return identity, list(_frames(ds, plane, frames))
     return identity, [_placed(plane, ds, ds, ds, ds, numbers)]
+
+
+_PLAIN = {"1.2.840.10008.1.2": (4, 8), "1.2.840.10008.1.2.1": (8, 12)}
+"""Implicit and explicit little endian: where PixelData's length stands behind its tag, and where its value does."""
+
+
+def _native(ds: Any, syntax: str, end: int, bytes_there: bytes) -> tuple[int, int, int, bool] | None:
+    """See `Slice.native`; None where a decoder is needed, or anything is unusual."""
+    if syntax not in _PLAIN or bytes_there[:4] != b"\xe0\x7f\x10\x00":
+        return None
+    at, value = _PLAIN[syntax]
+    allocated, stored = _count(ds, "BitsAllocated"), _count(ds, "BitsStored")
+    length = int.from_bytes(bytes_there[at : at + 4], "little")
+    usual = allocated in (8, 16) and 0 < stored <= allocated and _count(ds, "HighBit") == stored - 1
+    if not usual or length < _count(ds, "Rows") * _count(ds, "Columns") * allocated // 8 or length == 2**32 - 1:
+        return None
+    return end + value, allocated, stored, bool(_count(ds, "PixelRepresentation"))
+
+
+def _raw(ds: Any, keyword: str) -> Any:
+    """The element as the file has it: pydicom's conversion of every value would take most of a scan."""
+    tag = _tag(keyword)
+    return ds.get_item(tag) if tag in ds else None
+
+
+@cache
+def _tag(keyword: str) -> Any:
+    from pydicom.datadict import tag_for_keyword
+    from pydicom.tag import Tag
+
+    number = tag_for_keyword(keyword)
+    assert number is not None
+    return Tag(number)
+
+
+def _text(ds: Any, keyword: str) -> str:
+    """Of a text attribute, several values parted by a backslash as in the file; '' where it is missing."""
+    raw = _raw(ds, keyword)
+    value = getattr(raw, "value", None)
+    if isinstance(value, bytes) and value.isascii():
+        return value.decode().rstrip("\0 ")
+    return "\\".join(str(one) for one in many(ds.get(keyword)))
+
+
+def _count(ds: Any, keyword: str) -> int:
+    """Of a US attribute; 0 where it is missing."""
+    raw = _raw(ds, keyword)
+    value = getattr(raw, "value", None)
+    if isinstance(value, bytes) and len(value) == 2:
+        return int.from_bytes(value, "little" if raw.is_little_endian else "big")
+    return int(ds.get(keyword) or 0)
 
 
 def many(value: Any) -> list[Any]:
@@ -425,19 +482,15 @@ class _Numbers:
         return int(texts[0]) if texts and texts[0].lstrip("+-").isdigit() else None
 
     def _texts(self, ds: Any, keyword: str) -> list[str]:
-        from pydicom.datadict import tag_for_keyword
-        from pydicom.dataelem import RawDataElement
-
-        tag = tag_for_keyword(keyword)
-        if tag is None or tag not in ds:
+        raw = _raw(ds, keyword)
+        if raw is None:
             return []
-        raw = ds.get_item(tag)
-        if isinstance(raw, RawDataElement) and raw.VR in (None, "DS", "IS", "UN") and isinstance(raw.value, bytes):
+        if raw.VR in (None, "DS", "IS", "UN") and isinstance(raw.value, bytes):
             texts = raw.value.decode("ascii", "replace").strip("\0 ").split("\\")
             self.overlong = self.overlong or any(len(text.rstrip()) > 16 for text in texts)
             texts = [text.strip() for text in texts]
         else:
-            texts = [str(value) for value in many(ds[tag].value)]
+            texts = [str(value) for value in many(ds[_tag(keyword)].value)]
         return texts if any(texts) else []
 
 
@@ -523,8 +576,40 @@ _decoding = threading.local()
 
 def _stored(item: Slice) -> np.ndarray:
     """Stored pixel values of one plane (rows, columns). Raises `RefusedInput` PIXELS_UNREADABLE about the file."""
+    if item.native is not None:
+        return _plain(item, *item.native)
     frames = _frames_of(item.source, item.digest)
     return frames if item.frame is None or frames.ndim == 2 else frames[item.frame]
+
+
+def _plain(item: Slice, offset: int, allocated: int, stored: int, signed: bool) -> np.ndarray:
+    """Uncompressed pixels straight from their bytes, as pydicom decodes them."""
+    size = item.rows * item.columns * allocated // 8
+    with open_source(item.source) as file:
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) < size:
+        _undecodable("cut off", item.digest)
+    pixels = np.frombuffer(data, np.dtype(f"<{'i' if signed else 'u'}{allocated // 8}")).reshape(item.rows, -1)
+    unused = allocated - stored
+    if unused:  # old files keep overlays there
+        pixels = (pixels << unused) >> unused
+    return _upright(pixels, item.photometric, stored, signed)
+
+
+def _undecodable(why: str, about: str) -> NoReturn:
+    geometry.refuse(
+        "PIXELS_UNREADABLE", f"The pixels of one file cannot be decoded ({why}): truncated, damaged, or in a coding"
+        " that is not supported.", about, "Fetch the file again.",
+    )  # fmt: skip
+
+
+def _upright(pixels: np.ndarray, photometric: str, stored: int, signed: bool) -> np.ndarray:
+    """MONOCHROME1, where low is bright, turned round."""
+    if photometric != "MONOCHROME1":
+        return pixels
+    ends = -1 if signed else 2**stored - 1  # lowest + highest stored value
+    return ends - pixels.astype(np.int32)
 
 
 def _frames_of(source: str, digest: str) -> np.ndarray:
@@ -546,15 +631,9 @@ def _decoded(source: str, digest: str) -> np.ndarray:
             ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
         pixels: np.ndarray = ds.pixel_array
     except Exception as error:  # noqa: BLE001 - decoders raise whatever they like on broken bytes
-        geometry.refuse(
-            "PIXELS_UNREADABLE", f"The pixels of one file cannot be decoded ({error.__class__.__name__}): truncated,"
-            " damaged, or in a coding that is not supported.", digest, "Fetch the file again.",
-        )  # fmt: skip
-    if str(ds.PhotometricInterpretation) == "MONOCHROME1":
-        stored = int(ds.get("BitsStored", 16))
-        ends = (2**stored - 1) if not int(ds.get("PixelRepresentation", 0)) else -1  # lowest + highest stored value
-        pixels = ends - pixels.astype(np.int32)
-    return pixels
+        _undecodable(error.__class__.__name__, digest)
+    signed = bool(int(ds.get("PixelRepresentation", 0)))
+    return _upright(pixels, str(ds.PhotometricInterpretation), int(ds.get("BitsStored", 16)), signed)
 
 
 def _values(item: Slice, stored: np.ndarray) -> np.ndarray:

@@ -10,9 +10,9 @@ that exists is whole.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -86,9 +86,9 @@ class VolumeStore(VolumeReader):
         """Of a label: per class, [chunk number, voxels] of the chunks that hold it (`label_chunks`)."""
         return {int(name): rows for name, rows in self.about.get("classes", {}).items()}
 
-    def voxels_digest(self) -> str:
-        """SHA-256 over the stored voxels as they are now; `about['voxels']` says what they were."""
-        return _digest(self.all())
+    def checksum(self) -> str:
+        """Of the stored voxels as they are now; `about["voxels"]` says what they were."""
+        return _checksum(self.all())
 
 
 def rescaled(stored: np.ndarray, rescale: Rescale) -> np.ndarray:
@@ -199,7 +199,7 @@ def write(
         "rescale": list(rescale) if rescale else None, "unit": unit, "modality": volume.modality,
         "acquisition": acquisition(volume.header), "source": volume.series, "inputs": list(inputs),
         "how": dict(how or {}), "subject": subject, "findings": [finding.as_dict() for finding in volume.findings],
-        "voxels": _digest(array), "converter": f"permed_compute {__version__}",
+        "voxels": _checksum(array), "converter": f"permed_compute {__version__}",
     }  # fmt: skip
     if kind == "label":
         about["classes"] = label_chunks(array)
@@ -255,5 +255,5 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value]
 
 
-def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+def _checksum(array: np.ndarray) -> str:
+    return f"crc32:{zlib.crc32(np.ascontiguousarray(array).data):08x}"

@@ -129,6 +129,25 @@ def test_unsigned_big_endian_and_compressed_pixels_are_equal(tmp_path):
     assert np.array_equal(load(tmp_path / "packed").array, expected)
 
 
+@pytest.mark.parametrize(
+    ("allocated", "stored", "signed"), [(16, 12, 0), (16, 12, 1), (16, 16, 1), (8, 8, 0), (8, 6, 1)]
+)
+def test_plain_pixels_are_pydicoms_also_with_overlays_in_unused_bits(tmp_path, allocated, stored, signed):
+    random = np.random.default_rng(allocated + stored)
+
+    def edit(k, ds):
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = allocated, stored, stored - 1, signed
+        ds["PixelData"].VR = "OW"
+        ds.PixelData = random.integers(0, 2**allocated, (12, 10)).astype(f"u{allocated // 8}").tobytes()
+        return ds
+
+    write(tmp_path / "a", edit=edit)
+    (series,) = scan(tmp_path / "a").series
+    assert all(item.native == (item.native[0], allocated, stored, bool(signed)) for item in series.slices)
+    array, _ = naive(sorted((tmp_path / "a").iterdir()))
+    assert np.array_equal(read.assemble(series).array, array)
+
+
 def test_each_slice_is_scaled_by_its_own_slope(tmp_path):
     def scale(k, ds):
         ds.RescaleSlope, ds.RescaleIntercept = str(1 + 0.5 * k), "-10"

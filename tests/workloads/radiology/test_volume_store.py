@@ -40,7 +40,7 @@ def test_a_series_comes_back_with_its_geometry_and_without_its_patient(regular, 
     for secret in ("Test^Patient", "P1", "ACC1", source.header.StudyInstanceUID):
         assert secret not in text
     assert told["files"] == 1 + len(list((tmp_path / "a.zarr").iterdir()))
-    assert store.voxels_digest() == store.about["voxels"]
+    assert store.checksum() == store.about["voxels"]
 
 
 @pytest.mark.parametrize(

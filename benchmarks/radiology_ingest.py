@@ -1,0 +1,95 @@
+"""Slices per CPU-second from DICOM to what is read afterwards: our store, MONAI's tensor, dcm2niix's NIfTI."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.harness import Case, LeftOutError
+from benchmarks.rigs import volumes
+
+TITLE = "Ingesting DICOM"
+WHY = (
+    "A night's archive is a million slices. CT series of 512 × 512, plain and JPEG 2000, to a whole file on the disk."
+    " Ours is the whole job: digests of all files, geometry checked, patches readable afterwards. MONAI (PydicomReader,"
+    " torch.save) and dcm2niix (.nii) check less and write unpacked; dcm2niix -z y packs with gzip."
+)
+
+
+def cases(quick: bool) -> list[Case]:
+    found = []
+    for group, slices, coding in (
+        ("plain, slices per CPU-s", 12 if quick else 200, "plain"),
+        ("JPEG 2000, slices per CPU-s", 4 if quick else 24, "jpeg2000"),
+    ):
+        edge = 128 if quick else 512
+        found += [
+            Case(group, "ours, to a store", "slices/s", "higher", timed(ours, edge, slices, coding), ratio=1.0,
+                 goal="≥ pydicom + MONAI"),
+            Case(group, "pydicom + MONAI", "slices/s", "higher", timed(monai, edge, slices, coding), peer=True),
+            Case(group, "dcm2niix, .nii", "slices/s", "higher", timed(dcm2niix, edge, slices, coding), peer=True),
+            Case(group, "dcm2niix, .nii.gz", "slices/s", "higher", timed(gzipped, edge, slices, coding), peer=True),
+        ]  # fmt: skip
+    return found
+
+
+def timed(work: Callable[[Path, Path], None], edge: int, slices: int, coding: str) -> Callable[[], float]:
+    def measure() -> float:
+        source, out = volumes.dicom(edge, slices, coding), Path(tempfile.mkdtemp(prefix="permed-bench-ingest-"))
+        try:
+            began = _cpu()
+            work(source, out)
+            spent = _cpu() - began
+            written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+            if written < edge * edge * slices / 4:
+                raise ValueError("too little was written")
+            return slices / spent
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+
+    return measure
+
+
+def _cpu() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def ours(source: Path, out: Path) -> None:
+    from permed_compute.spec import DataRef, JobSpec
+    from permed_compute.testing.context import run_map
+    from permed_compute.workloads.radiology.ingest import WORKLOAD
+
+    job = JobSpec(name="bench", workload="radiology/ingest", inputs=[DataRef(path=str(source))])
+    outcome = run_map(WORKLOAD, job, out, threads=2)
+    if outcome.failures:
+        raise ValueError(str(outcome.failures))
+
+
+def monai(source: Path, out: Path) -> None:
+    import torch
+    from monai.transforms import LoadImage
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(LoadImage(reader="PydicomReader", image_only=True)(source), out / "volume.pt")
+
+
+def dcm2niix(source: Path, out: Path, pack: str = "n") -> None:
+    program = shutil.which("dcm2niix", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        raise LeftOutError("dcm2niix is not installed (extra: bench)")
+    command = [program, "-z", pack, "-b", "n", "-f", "x", "-o", str(out), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def gzipped(source: Path, out: Path) -> None:
+    dcm2niix(source, out, "y")
