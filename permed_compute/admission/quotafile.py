@@ -346,9 +346,14 @@ def diff(old: Policy, new: Policy) -> list[str]:
         was, now = getattr(old, target), getattr(new, target)
         if was != now:
             said.append(f"everybody: {name.replace('_', ' ')} {format_duration(was)} → {format_duration(now)}.")
-    for name in ("backfill_depth", "idle_charge", "short_first"):
-        if getattr(old, name) != getattr(new, name):
-            said.append(f"everybody: {name.replace('_', ' ')} {getattr(old, name)} → {getattr(new, name)}.")
+    for name in ("idle_charge", "short_first"):
+        was, now = getattr(old, name), getattr(new, name)
+        if was != now:
+            said.append(f"everybody: {name.replace('_', ' ')} {was / 10:g}% → {now / 10:g}%.")
+    if old.backfill_depth != new.backfill_depth:
+        said.append(f"everybody: backfill depth {old.backfill_depth} → {new.backfill_depth}.")
+    if old.grows != new.grows:
+        said.append(f"everybody: running elastic jobs {'grow' if new.grows else 'no longer grow'}.")
     for band, rule in new.rules.items():
         for what in sorted(_RULE):
             if getattr(rule, what) != getattr(old.rules[band], what):

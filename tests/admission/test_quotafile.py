@@ -72,3 +72,9 @@ def test_diff_says_for_whom() -> None:
     assert any("ola may now submit (clinical)" in line for line in said)
     assert any("kari may no longer submit" in line for line in said)
     assert diff(old, old) == []
+    order = loads("short_first: 0%\nelastic_growth: false\n" + GOOD)
+    assert (order.short_first, order.grows) == (0, False)
+    assert diff(old, order) == [
+        "everybody: short first 100% → 0%.", "everybody: running elastic jobs no longer grow.",
+    ]  # fmt: skip
+    assert "is not a share" in problems("short_first: soon\n" + GOOD)[0].what
