@@ -18,7 +18,7 @@ from tests.workloads.pathology.made import pixels
 EDGE, TILE, ISLAND = 100_000, 256, 9
 
 
-def write_sparse(path: Path, islands: int = 12) -> int:
+def write_sparse(path: Path, islands: int = 80) -> int:
     """A BigTIFF at 0.25 µm without a level but the first; islands of tissue, no bytes elsewhere. Returns its tiles."""
     import simplejpeg
     import tifffile
@@ -67,4 +67,4 @@ def test_a_huge_sparse_slide_takes_less_than_two_gibibytes(tmp_path: Path) -> No
     manifest = json.loads((Path(ended["results"]) / "manifest.json").read_text())
     peak = manifest["usage"]["rss_peak_mib"]
     print(f"\n{EDGE} × {EDGE} pixels, {count} stored tiles, {result['values']['tiles']} encoded: peak {peak} MiB")
-    assert result["values"]["tiles"] > 500 and peak < 2048
+    assert result["values"]["tiles"] > 600 and peak < 2048  # more than one block
