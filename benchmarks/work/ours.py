@@ -31,3 +31,11 @@ BURNING = Map(run=_run, plan=_plan, reduce=_sum)
 def stamped(part: Part, ctx: Context) -> None:
     """One part that writes to `params.stamp` when it started."""
     stamp(part.params["stamp"])
+
+
+def meet(spec: JobSpec, ctx: Context) -> Result:
+    """A gang that ends once every rank has met the others, and says when (seconds since 1970)."""
+    import time
+
+    ctx.agree(True)
+    return Result({"met": time.time()})

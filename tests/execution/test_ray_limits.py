@@ -136,7 +136,7 @@ def test_what_a_job_prints_is_in_its_log_and_its_use_in_the_manifest(ray_executo
 def test_parts_that_hold_ten_times_the_object_store_run_in_bounded_memory(
     ray_executor: RayExecutor, ray_toys: Toys
 ) -> None:
-    """A part's data is loaded by the worker that computes it, one part ahead of it: never all, and never in the store."""
+    """A worker loads the data of its own parts, one part ahead: never all of it at once, and none into the store."""
     store = raylocal._OBJECT_STORE // 2**20
     mib, granted = 96, 768
     attempt = ray_toys.attempt("bulky", workers=2, cpus=0.5, memory=granted, count=10 * store // mib + 1, mib=mib)

@@ -37,11 +37,13 @@ from permed_compute.testing.cluster import RayCluster
 
 CODE = Path(__file__).resolve().parents[1] / "execution" / "code"
 BLOWS = ("sigterm", "sigkill", "driver", "preempt", "admission", "node")
-STEPS_PER_EPOCH, EPOCHS, STEP_S = 10, 12, 0.3
+STEPS_PER_EPOCH, STEP_S = 10, 0.4
 
 
 class Run:
-    def __init__(self, cluster: RayCluster, home: HomePaths, ranks: int, loaders: int, seed: int) -> None:
+    def __init__(
+        self, cluster: RayCluster, home: HomePaths, *, ranks: int, loaders: int, seed: int, epochs: int
+    ) -> None:
         self.cluster, self.home, self.ranks, self.loaders = cluster, home, ranks, loaders
         self.random = random.Random(seed)
         self.settings = Settings(home=str(home.root), grace=30, heartbeat=5, ray_address=cluster.address)
@@ -54,7 +56,7 @@ class Run:
         policy = Policy(accounts=(Account("local", quotas=quotas),), min_runtime=0).sealed()
         self.operator.admin("policy", {"policy": policy.row()})
         self.counts: Counter[str] = Counter()
-        self.params = {"samples": 4 * STEPS_PER_EPOCH + 2, "epochs": EPOCHS, "batch": 4, "loaders": loaders}
+        self.params = {"samples": 4 * STEPS_PER_EPOCH + 2, "epochs": epochs, "batch": 4, "loaders": loaders}
 
     def submit(self, name: str, **changes: Any) -> Job:
         row = {
@@ -116,10 +118,10 @@ class Run:
         return self.work(job, lambda now: ended(now) or now.attempt > attempt or now.state is JobState.QUEUED)
 
 
-def main(ranks: int, loaders: int, blows: int, seed: int) -> int:
+def main(ranks: int, loaders: int, blows: int, seed: int, epochs: int) -> int:
     with tempfile.TemporaryDirectory(prefix="gang-") as folder, RayCluster() as cluster, cluster.inside():
         home = HomePaths(Path(folder) / "home").create()
-        run = Run(cluster, home, ranks, loaders, seed)
+        run = Run(cluster, home, ranks=ranks, loaders=loaders, seed=seed, epochs=epochs)
         whole = run.values(run.work(run.submit("whole"), ended))
         print(json.dumps({"whole": whole["weights"][:16], "steps": whole["steps"]}), flush=True)
         job = run.submit("broken", params=run.params | {"every": 1, "seconds": STEP_S}, band="opportunistic")
@@ -147,7 +149,7 @@ def main(ranks: int, loaders: int, blows: int, seed: int) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for name, default in (("ranks", 2), ("loaders", 0), ("blows", 20), ("seed", 1)):
+    for name, default in (("ranks", 2), ("loaders", 0), ("blows", 20), ("seed", 1), ("epochs", 12)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
-    sys.exit(main(given.ranks, given.loaders, given.blows, given.seed))
+    sys.exit(main(given.ranks, given.loaders, given.blows, given.seed, given.epochs))
