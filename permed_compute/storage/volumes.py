@@ -4,7 +4,7 @@
     <folder>/zarr.json        written last: a folder without it is a write under way
 
 Chunks are 32³ voxels in Blosc (LZ4 over a bit shuffle, one block): measured on CT and MR, that is the size that zstd
-gives at three times its speed (docs/decisions/040). Any Zarr v3 reader opens the folder; `VolumeReader` is faster.
+gives at three times its speed (docs/decisions/048). Any Zarr v3 reader opens the folder; `VolumeReader` is faster.
 """
 
 from __future__ import annotations

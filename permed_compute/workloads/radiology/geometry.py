@@ -30,6 +30,7 @@ ORIENTATION = 1e-4
 """Direction cosines are the same within this; unit length and right angle within ten times as much."""
 LISTED = 200
 """Lists in a finding stop here; the counts beside them do not."""
+_RESAMPLE = "Ingest it with `tilt: correct` (permed convert --tilt correct), which resamples it, and keep the original."
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +252,7 @@ def _check_tilt(
         f"The slices are sheared: they step {tilt:.2f}° away from their normal ({offset:.1f} mm over the stack;"
         f" GantryDetectorTilt says {declared:g}°), with gaps of {numbers['gap_min_mm']:.2f} to"
         f" {numbers['gap_max_mm']:.2f} mm.",
-        about, "Resample the series to a straight grid first (for example dcm2niix writes one), and keep the original.",
+        about, _RESAMPLE,
         tilt_degrees=round(tilt, 4), declared_tilt_degrees=declared, offset_mm=round(offset, 4), uneven_gaps=uneven,
         **numbers,
     )  # fmt: skip
@@ -279,7 +280,7 @@ def _check_gaps(gaps: np.ndarray, numbers: dict[str, Any], about: str) -> None:
     odd = np.flatnonzero(np.abs(gaps - np.median(gaps)) > _tolerance(float(np.median(gaps))))
     refuse(
         "UNEVEN_GAPS", f"The slices do not step evenly: {between}.", about,
-        "Resample the series to an even grid first, and keep the original.",
+        _RESAMPLE,
         uneven=int(odd.size), after_index=odd[:LISTED].tolist(), **numbers,
     )  # fmt: skip
 

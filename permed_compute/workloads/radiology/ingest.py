@@ -21,9 +21,9 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from permed_compute.errors import Finding, Problem, RefusedInput, SpecError, WorkloadError
+from permed_compute.errors import Finding, PermedError, Problem, RefusedInput, SpecError, WorkloadError
 from permed_compute.paths import write_json
 from permed_compute.spec import JobSpec
 from permed_compute.storage import budget
@@ -140,7 +140,7 @@ def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part
             found = find(Path(ref.path), params, ctx.digest, ctx.threads)
             for finding in [*found.inventory.findings, *_passed_over(found.inventory, params)]:
                 ctx.finding(finding)
-            for part, size in _parts(found, params, ctx):
+            for part, size, _ in _parts(found, params, ctx):
                 parts[part.name], needed[part.name] = part, size
     size, files = (sum(column) for column in zip((0, 0), *needed.values(), strict=True))
     budget.check(Path(params.to) if params.to else ctx.out, files=files, size=size, budget=params.budget)
@@ -162,8 +162,20 @@ def _passed_over(inventory: Inventory, params: Params) -> Iterator[Finding]:
             yield Finding("SERIES_PASSED_OVER", sentence, "note", series.digest, {"images": len(series.slices)})
 
 
-def _parts(found: Found, params: Params, ctx: Context) -> Iterator[tuple[Part, tuple[int, int]]]:
-    """Each part with the (bytes, files) that its store takes at most."""
+class Here(Protocol):
+    """What of a `Context` planning and writing take; `convert` runs without a job."""
+
+    @property
+    def threads(self) -> int: ...
+    @property
+    def out(self) -> Path: ...
+    def digest(self, path: Path) -> str: ...
+    def pseudonym(self, identifier: str) -> str: ...
+    def stage(self, name: str) -> Any: ...
+
+
+def _parts(found: Found, params: Params, ctx: Here) -> Iterator[tuple[Part, tuple[int, int], Series | None]]:
+    """Each part with the (bytes, files) that its store takes at most, and its series where it is one."""
     how: dict[str, Any] = {"to": params.to}
     for series in found.inventory.series:
         if not _wanted(series, params):
@@ -171,12 +183,12 @@ def _parts(found: Found, params: Params, ctx: Context) -> Iterator[tuple[Part, t
         extra = {"tilt": params.tilt} | ({"pet": params.pet} if series.modality == "PT" else {})
         subject = ctx.pseudonym(series.patient) if series.patient else ""
         part = Part(f"series-{series.digest[:16]}", series.inputs, {**how, **extra}, series.sources, subject)
-        yield part, _dicom_size(series, params)
+        yield part, _dicom_size(series, params), series
     for file in found.files:
         digest = ctx.digest(file.path)
         kind = {"kind": file.kind, "channel": file.channel, "modality": file.modality}
         part = Part(name_of(file, digest), (digest,), {**how, **kind}, (str(file.path),))
-        yield part, _nifti_size(file, digest)
+        yield part, _nifti_size(file, digest), None
 
 
 def name_of(file: layouts.File, digest: str) -> str:
@@ -188,8 +200,9 @@ def name_of(file: layouts.File, digest: str) -> str:
 def _dicom_size(series: Series, params: Params) -> tuple[int, int]:
     first = series.slices[0]
     whole = all(item.slope == int(item.slope) and item.intercept == int(item.intercept) for item in series.slices)
+    # A straightened stack grows by its lean, for which its rows once more are enough.
     times = straighten.MOST_TIMES if params.tilt == "correct" else 1
-    shape = (max(first.columns, 1), max(first.rows, 1), max(len(series.slices) * times, 1))
+    shape = (first.columns, first.rows * times, len(series.slices) * times)
     return Layout(shape, "int16" if whole and series.modality != "PT" else "float32").estimate()
 
 
@@ -215,7 +228,7 @@ class Loaded:
     unit: str = ""
 
 
-def load(part: Part, ctx: Context) -> Loaded:
+def load(part: Part, ctx: Here) -> Loaded:
     """Raises `RefusedInput` about the part's input, and `WorkloadError` where files have changed since the plan."""
     if _finished(part, ctx) is not None:
         return Loaded(part, None)
@@ -223,7 +236,7 @@ def load(part: Part, ctx: Context) -> Loaded:
         return _nifti(part, ctx) if "kind" in part.params else _dicom(part, ctx)
 
 
-def _nifti(part: Part, ctx: Context) -> Loaded:
+def _nifti(part: Part, ctx: Here) -> Loaded:
     path = Path(part.sources[0])
     if ctx.digest(path) != part.inputs[0]:
         raise _changed()
@@ -231,7 +244,7 @@ def _nifti(part: Part, ctx: Context) -> Loaded:
     return Loaded(part, nifti.with_modality(volume, part.params["modality"]), rescale)
 
 
-def _dicom(part: Part, ctx: Context) -> Loaded:
+def _dicom(part: Part, ctx: Here) -> Loaded:
     inventory = read.scan(part.sources, ctx.digest, ctx.threads)
     if len(inventory.series) != 1 or inventory.series[0].inputs != tuple(part.inputs):
         raise _changed()
@@ -265,16 +278,16 @@ def _how(part: Part) -> dict[str, Any]:
     return {name: value for name, value in part.params.items() if name != "to"}
 
 
-def _finished(part: Part, ctx: Context) -> dict[str, Any] | None:
+def _finished(part: Part, ctx: Here) -> dict[str, Any] | None:
     return volume_store.finished(_place(part, ctx), _digest_of(part), _how(part))
 
 
-def _place(part: Part, ctx: Context) -> Path:
+def _place(part: Part, ctx: Here) -> Path:
     folder = Path(part.params["to"]) if part.params["to"] else ctx.out
     return folder / f"{part.name}{volume_store.SUFFIX}"
 
 
-def run(data: Loaded, model: None, ctx: Context) -> PartResult:
+def run(data: Loaded, model: None, ctx: Here) -> PartResult:
     """Write the store, or keep the one that stands."""
     part, volume = data.part, data.volume
     path = _place(part, ctx)
@@ -297,6 +310,82 @@ def run(data: Loaded, model: None, ctx: Context) -> PartResult:
     return PartResult(values=values, findings=[Finding(**finding) for finding in about["findings"]])
 
 
+# ------------------------------------------------------------------------------------------------ without a job
+
+
+def is_radiology(path: Path) -> bool:
+    """Whether a path holds volumes: a data set, NIfTI, or DICOM that is no slide. Looks at a few files only."""
+    if layouts.is_dataset(path) or (path.is_file() and nifti.is_nifti(path)):
+        return True
+    if path.is_dir() and (path / "zarr.json").is_file():
+        return False
+    sources = read.find(path)
+    classes = [kind for source in sources[:_LOOKED_AT] if (kind := read.sop_class(source))]
+    if classes:
+        return classes[0] != _WHOLE_SLIDE
+    return any(nifti.is_nifti(Path(source)) for source in sources)
+
+
+_LOOKED_AT = 20
+_WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """One volume: its part's name, what its store takes at most, and what was written or why it was not."""
+
+    name: str
+    files_most: int
+    bytes_most: int
+    values: Mapping[str, Any] | None = None
+    error: PermedError | None = None
+
+
+def convert(
+    paths: Sequence[Path], params: Params, here: Here, *, dry_run: bool = False
+) -> Iterator[Converted | Finding]:
+    """What the job does, here and now: findings of files that belong to no volume first, then each volume.
+
+    Raises `WorkloadError` where the stores would exceed the budget, `NotFoundError`.
+    """
+    planned: dict[str, tuple[Part, tuple[int, int], Series | None]] = {}
+    layouts_found = []
+    for path in paths:
+        found = find(path, params, here.digest, here.threads)
+        yield from [*found.inventory.findings, *_passed_over(found.inventory, params)]
+        planned.update({row[0].name: row for row in _parts(found, params, here)})
+        layouts_found += [found.layout] if found.layout else []
+    size, files = (sum(row[1][n] for row in planned.values()) for n in (0, 1))
+    budget.check(Path(params.to), files=files, size=size, budget=params.budget)
+    stores = {}
+    for part, (most, count), series in planned.values():
+        done = Converted(part.name, count, most)
+        if not dry_run:
+            try:
+                done = replace(done, values=run(_read(part, series, here), None, here).values)
+                stores[part.name] = f"{part.name}{volume_store.SUFFIX}"
+            except (RefusedInput, WorkloadError) as error:
+                done = replace(done, error=error)
+        yield done
+    if not dry_run:
+        _write_lists(layouts_found, stores, here.digest, Path(params.to))
+
+
+def _read(part: Part, series: Series | None, here: Here) -> Loaded:
+    if series is None or _finished(part, here) is not None:
+        return load(part, here)
+    return dicom_volume(series, part, here.threads)
+
+
+def _write_lists(
+    found: Sequence[layouts.Layout], stores: Mapping[str, str], digest: read.Digest, *folders: Path
+) -> None:  # fmt: skip
+    for number, layout in enumerate(found):
+        name = layouts.INDEX if len(found) == 1 else f"dataset-{number}.json"
+        for folder in folders:
+            write_json(folder / name, datalist(layout, stores, digest))
+
+
 # ------------------------------------------------------------------------------------------------ reduce
 
 
@@ -315,13 +404,8 @@ def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) 
         item.part.name: item.values["store"] if params.to else f"parts/{item.part.name}/{item.values['store']}"
         for item in done
     }
-    sets = [path for ref in ctx.spec.inputs if layouts.is_dataset(path := Path(ref.path))]
-    for number, path in enumerate(sets):
-        name = layouts.INDEX if len(sets) == 1 else f"dataset-{number}.json"
-        index = datalist(layouts.read(path), stores, ctx.digest)
-        write_json(ctx.out / name, index)
-        if params.to:
-            write_json(Path(params.to) / name, index)
+    found = [layouts.read(path) for ref in ctx.spec.inputs if layouts.is_dataset(path := Path(ref.path))]
+    _write_lists(found, stores, ctx.digest, ctx.out, *([Path(params.to)] if params.to else []))
     total = {name: sum(int(item.values[name]) for item in done) for name in ("bytes", "files")}
     return Result(
         values={"parts": {item.part.name: dict(item.values) for item in done}, **total},

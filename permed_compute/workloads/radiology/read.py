@@ -528,6 +528,16 @@ def in_order(series: Series) -> tuple[list[Slice], list[Finding]]:
     return slices, [*findings, *mended]
 
 
+def sop_class(source: str) -> str:
+    """What kind of object a source is; '' where it is not DICOM."""
+    try:
+        with open_source(source) as file:
+            ds = read_dataset(file, ("SOPClassUID",))
+    except OSError:
+        return ""
+    return "" if ds is None else str(ds.get("SOPClassUID", ""))
+
+
 def header_of(item: Slice) -> Any:
     """The data set of a plane's file, without pixels."""
     with open_source(item.source) as file:
