@@ -292,12 +292,12 @@ def _scatter(words: Any, columns: Any, out: Any) -> None:  # pragma: no cover - 
                     out[sample, k] += copies * columns[v, k]
 
 
-def scatter(plane: np.ndarray, columns: np.ndarray, samples: int) -> np.ndarray:
-    """(samples, k) float64: sum of `columns` (rows, k) times the copies of a plane of `split`.
+def scatter(plane: np.ndarray, columns: np.ndarray, samples: int, out: np.ndarray | None = None) -> np.ndarray:
+    """(samples, k) float64: sum of `columns` (rows, k) times the copies of a plane of `split`, added to `out` if given.
 
     Costs by the copy: for rare alleles and missing calls, where a product would be over zeros.
     """
-    out = np.zeros((samples, columns.shape[1]))
+    out = np.zeros((samples, columns.shape[1])) if out is None else out
     _scatter(plane.view(np.uint64), np.ascontiguousarray(columns, np.float64), out)
     return out
 

@@ -45,8 +45,8 @@ _ONE_BY_ONE = 8
 """Up to so many scores a pass over the bytes for each is faster than unpacking for a matrix product."""
 _RARE = 12
 """A row in which fewer than one person in so many differs from the common genotype is summed over these people."""
-_SAMPLE_TILE = 1024
-_VARIANT_TILE = 128
+_SAMPLE_TILE = 8192
+_VARIANT_TILE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,10 +330,11 @@ def _chunk(model: Scoring, start: int, stop: int, missing: str, device: str) -> 
     sums = np.empty((samples, last))
     given = np.hstack([signed[:, first:], np.zeros_like(used)]), np.hstack([instead[:, first:], used])
     found = _passes_over(packed, *given, samples, device)
-    sums[:, first:] = found[:, : last - first]
+    np.add(found[:, : last - first], constant[first:], out=sums[:, first:])
     if first:
-        sums[:, :first] = _many(packed, counted, signed[:, :first], instead[:, :first], 2 * frequency, samples)
-    return sums + constant, found[:, last - first :]
+        many, more = _many(packed, counted, signed[:, :first], instead[:, :first], 2 * frequency, samples)
+        np.add(many, constant[:first] + more, out=sums[:, :first])
+    return sums, found[:, last - first :]
 
 
 def _passes_over(packed: np.ndarray, copies: np.ndarray, absent: np.ndarray, samples: int, device: str) -> np.ndarray:
@@ -346,27 +347,28 @@ def _passes_over(packed: np.ndarray, copies: np.ndarray, absent: np.ndarray, sam
 
 def _many(
     packed: np.ndarray, counted: np.ndarray, signed: np.ndarray, instead: np.ndarray, mean: np.ndarray, samples: int
-) -> np.ndarray:
-    """(samples, columns) float64: copies of ALT times `signed`, `instead` where missing.
+) -> tuple[np.ndarray, np.ndarray]:
+    """(samples, columns) float64: copies of ALT times `signed`, `instead` where missing; and what all have besides.
 
     Rows that few people differ in cost by those people; the others are one matrix product.
     """
     turn = counted[:, 2] > counted[:, 0]
     carriers = counted[:, 1] + np.minimum(counted[:, 0], counted[:, 2]) + counted[:, 3]
     rare = carriers <= samples // _RARE
-    sums = np.zeros((samples, signed.shape[1]))
+    sums, constant = np.zeros((samples, signed.shape[1])), np.zeros(signed.shape[1])
     if rare.any():
         called, missing = bits.split(packed[rare], samples, turn[rare])
         side, turned = signed[rare], turn[rare, None]
-        sums += bits.scatter(called, np.where(turned, -side, side), samples) + 2 * (side * turned).sum(axis=0)
-        sums += bits.scatter(missing, instead[rare] - 2 * side * turned, samples)
+        constant = 2 * (side * turned).sum(axis=0)
+        bits.scatter(called, np.where(turned, -side, side), samples, sums)
+        bits.scatter(missing, instead[rare] - 2 * side * turned, samples, sums)
     if not rare.all():
         rows = packed[~rare]
         sums += _product(rows, signed[~rare], mean[~rare], samples)
         other = instead[~rare] - signed[~rare] * mean[~rare, None]
         if np.abs(other).max() > 1e-12:
-            sums += bits.scatter(bits.split(rows, samples)[1], other, samples)
-    return sums
+            bits.scatter(bits.split(rows, samples)[1], other, samples, sums)
+    return sums, constant
 
 
 def _product(packed: np.ndarray, signed: np.ndarray, mean: np.ndarray, samples: int) -> np.ndarray:
