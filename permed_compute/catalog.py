@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -48,7 +49,7 @@ def job_file(name: str) -> Path:
 
 def _jobs() -> Iterator[Entry]:
     for place, name in _walk("permed_compute.jobs", "job.yaml"):
-        yield Entry("jobs", name, _first_line(place), _path(place / "job.yaml"))
+        yield Entry("jobs", name, _title(place / "job.yaml"), _path(place / "job.yaml"))
 
 
 def _models() -> Iterator[Entry]:
@@ -81,9 +82,7 @@ def _yaml_files(kind: str, folder: Traversable) -> Iterator[Entry]:
         return
     for file in folder.iterdir():
         if file.name.endswith(".yaml"):
-            first = file.read_text(encoding="utf-8").partition("\n")[0]
-            title = first.removeprefix("#").strip() if first.startswith("#") else ""
-            yield Entry(kind, file.name.removesuffix(".yaml"), title, _path(file))
+            yield Entry(kind, file.name.removesuffix(".yaml"), _title(file), _path(file))
 
 
 def _walk(package: str, marker: str) -> Iterator[tuple[Traversable, str]]:
@@ -98,15 +97,11 @@ def _folders(place: Traversable) -> Iterator[Traversable]:
     return (entry for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith(("_", ".")))
 
 
-def _first_line(place: Traversable) -> str:
-    """The first sentence of a job's README, else of the comment its file begins with."""
-    readme = place / "README.md"
-    if readme.is_file():
-        for line in readme.read_text(encoding="utf-8").splitlines():
-            if line.strip() and not line.startswith("#"):
-                return line.strip()
-    first = (place / "job.yaml").read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+def _title(file: Traversable) -> str:
+    """The first sentence of the comment that a file begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    said = " ".join(line.removeprefix("#").strip() for line in lines)
+    return said.partition(". ")[0].removesuffix(".")
 
 
 def _path(place: Traversable) -> str:

@@ -171,6 +171,7 @@ def test_the_catalogue_knows_its_kinds(permed) -> None:
 
 def test_every_shipped_job_is_valid(permed) -> None:
     for row in permed("catalog", "jobs", "--json").json:
+        assert row["title"][:1].isalpha() and len(row["title"]) < 120, row
         assert permed("validate", row["name"]).code == Exit.OK, row["name"]
 
 
