@@ -152,7 +152,7 @@ def same_counts(counted: dict, hardy: dict, made: GenotypeStore, place: Path) ->
     assert np.abs(np.diff(np.log10(np.maximum(pairs, 1e-300)), axis=1)).max() < 1e-4
 
 
-@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize("count", [1, 12])
 def test_scores_by_every_route(plink2, dummy, tmp_path, count):
     root, stores = dummy
     rng = np.random.default_rng(count)

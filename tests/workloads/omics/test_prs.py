@@ -47,7 +47,7 @@ def log(outcome, name="S1"):
 
 
 @pytest.mark.parametrize("missing", ["mean", "zero"])
-@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("count", [1, 12])
 def test_scores_are_the_sums(cohort, tmp_path, missing, count):
     copies, made, _ = cohort
     rng, rows, files = np.random.default_rng(count), {}, []
