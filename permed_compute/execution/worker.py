@@ -176,7 +176,7 @@ class Member:
                 raise
             if row["world"] > 1 and gang.is_of_a_peer(error):
                 raise WorkerLost(f"Rank {self.slot} lost its peers.", code="peer-lost") from None
-            raise EngineError(f"Rank {self.slot}: {type(error).__name__}.", remedy="See `permed logs`.") from None
+            raise _rank_failed(self.slot, error) from None
         finally:
             gang.leave()
             records.close()
@@ -236,6 +236,16 @@ def make_context(
         salt=pseudonym_key(home), device=device, rank=rank, world=world, seed=attempt.spec.seed, threads=threads,
         scratch=scratch, out=out or scratch, get=dask_get,
     )  # fmt: skip
+
+
+def _rank_failed(slot: int, error: Exception) -> EngineError:
+    failed = EngineError(f"Rank {slot}: {type(error).__name__}.", remedy="See `permed logs`.")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; it fitted when it was tried (`learning.training.fitting`)
+        failed = EngineError(
+            f"Rank {slot} ran out of GPU memory.", remedy="Make the batch smaller, or ask for more (gpu_memory)."
+        )
+        failed.code = "device-memory"
+    return failed
 
 
 def usage() -> Row:
