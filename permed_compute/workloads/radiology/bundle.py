@@ -23,6 +23,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -466,26 +467,34 @@ class Sealed:
     is_sealed = True
 
     def __init__(self, bundle: Checked, options: Options, *, device: str, threads: int, scratch: Path) -> None:
-        self.folder = scratch / "sealed" / "folder"
-        self.folder.mkdir(parents=True, mode=0o700)
+        above = scratch / "sealed"
+        above.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.folder = Path(tempfile.mkdtemp(dir=above))
         self._limit = LONGEST_STUDY_S
-        setup = {"root": str(bundle.root.resolve()), "device": device, "threads": threads, "options": asdict(options)}
+        self._threads = threads
+        self._setup: dict[str, Any] = {
+            "root": str(bundle.root.resolve()), "device": device, "threads": threads, "options": asdict(options)
+        }  # fmt: skip
+        self._start()
+
+    def _start(self) -> None:
         answer, give = os.pipe()
-        log = self.folder / "log"
         command = [
-            sys.executable, "-I", "-m", sealed.__name__, str(self.folder), str(bundle.root.resolve()), "--", __name__,
+            sys.executable, "-I", "-m", sealed.__name__, str(self.folder), self._setup["root"], "--", __name__,
             str(give),
         ]  # fmt: skip
-        with log.open("wb") as errors:
+        with (self.folder / "log").open("wb") as errors:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(give,),
-                env=_environment(self.folder, threads), cwd=self.folder, start_new_session=True,
+                env=_environment(self.folder, self._threads), cwd=self.folder, start_new_session=True,
             )  # fmt: skip
         os.close(give)
         self._answers = os.fdopen(answer, encoding="utf-8", errors="replace")
-        self._ask(setup)
+        self._ask(self._setup)
 
     def segment(self, image: Path, shape: Sequence[int], affine: np.ndarray, variant: Variant = Variant()) -> Segmented:
+        if self._process.poll() is not None:
+            self._start()  # one study broke it; the others go on
         given, found = self.folder / "image.nii", self.folder / "labels.npy"
         shutil.move(image, given)
         row = self._ask({
