@@ -9,6 +9,8 @@
     outputs            [seg, sr]    of seg, sr, montage, nifti
     coding             BINARY       of the SEG; LABELMAP where every viewer knows it
     modalities, threshold, accept_incomplete      as of radiology/brain-extraction
+With a third input, `bundle` (the folder of a MONAI bundle), instead of the last line: modalities, accept_incomplete,
+segments, weights, flips, variant … as of radiology/segment.
 
 One part per row. A study is rejected for what it is (not found, found twice, no series that can be computed on), and
 fails for what happened (an archive that hangs); either way with its reason, under a pseudonym, and the others go on.
@@ -31,9 +33,10 @@ from typing import TYPE_CHECKING, Any
 from permed_compute.errors import Finding, PermedError, Problem, RefusedInput, SpecError, WorkloadError
 from permed_compute.spec import JobSpec
 from permed_compute.workloads.port import Context, DonePart, Map, Part, PartResult, Result
-from permed_compute.workloads.radiology import infer, read
+from permed_compute.workloads.radiology import infer, networks, read
 from permed_compute.workloads.radiology.archives import Entry, read_archives
 from permed_compute.workloads.radiology.geometry import refuse
+from permed_compute.workloads.radiology.networks import Network
 from permed_compute.workloads.radiology.orders import Order, read_orders
 from permed_compute.workloads.radiology.pacs import Archive, ArchiveError, Instance, Study
 from permed_compute.workloads.radiology.read import Series, Volume
@@ -63,16 +66,22 @@ class Params:
     send_by: str = ""
     outputs: tuple[str, ...] = ("seg", "sr")
     coding: str = "BINARY"
-    segment: infer.Params = field(default_factory=infer.Params)
+    network: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(self.network["modalities"])
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Params:
+    def of(cls, spec: JobSpec) -> Params:
         """Raises `SpecError` naming every parameter that is wrong."""
+        given = spec.params
         mine = {"archive", "returns", "send_by", "outputs", "coding"}
         problems: list[Problem] = []
-        segment = infer.Params()
+        network: dict[str, Any] = {}
+        rest = {name: value for name, value in given.items() if name not in mine}
         try:
-            segment = infer.Params.of({name: value for name, value in given.items() if name not in mine})
+            network = networks.params_of(rest, bundled=networks.is_bundled(spec))
         except SpecError as error:
             problems += error.problems
         archive, returns = given.get("archive", ""), given.get("returns", [])
@@ -91,7 +100,7 @@ class Params:
         if problems:
             raise SpecError("params", problems)
         return cls(
-            archive, tuple(returns), given.get("send_by", ""), tuple(outputs), given.get("coding", "BINARY"), segment
+            archive, tuple(returns), given.get("send_by", ""), tuple(outputs), given.get("coding", "BINARY"), network
         )
 
 
@@ -119,7 +128,7 @@ class Listing:
 
 def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part]:
     """One part per row. Raises before anything is asked where a destination does not take the job's results."""
-    params = Params.of(spec.params)
+    params = Params.of(spec)
     entries = _entries(ctx, params)
     for name in params.returns:
         entries[name].accept(spec.purpose)
@@ -171,11 +180,11 @@ def _ask(archive: Archive, order: Order, params: Params) -> Listing:
         found = archive.instances(studies[0].uid)
     except PermedError as error:
         return Listing(unanswered=error)
-    wanted = tuple(item for item in found if item.modality in params.segment.modalities)
+    wanted = tuple(item for item in found if item.modality in params.modalities)
     if not wanted:
         modalities = ", ".join(sorted({item.modality for item in found if item.modality})) or "nothing"
         return Listing(studies[0], rejected=("NO_SUITABLE_SERIES", f"The study holds {modalities}; the job asks for"
-                                             f" {', '.join(params.segment.modalities)}."))  # fmt: skip
+                                             f" {', '.join(params.modalities)}."))  # fmt: skip
     return Listing(studies[0], wanted)
 
 
@@ -222,7 +231,7 @@ def load(part: Part, ctx: Context) -> Item:
     if "rejected" in part.params:
         code, sentence, _ = part.params["rejected"]
         refuse(code, sentence, part.name, "Correct the worklist, or the job's `modalities`.")
-    params = Params.of(ctx.spec.params)
+    params = Params.of(ctx.spec)
     archive = Archive(_entries(ctx, params)[params.archive])
     order = _order_of(part, ctx)
     folder = ctx.scratch / part.name
@@ -266,7 +275,7 @@ def _volumes(
     inventory = read.scan(read.find(folder), ctx.digest, ctx.threads)
     wanted = [
         series for series in inventory.series
-        if series.modality in params.segment.modalities and series.is_volume and not series.is_localiser
+        if series.modality in params.modalities and series.is_volume and not series.is_localiser
     ]  # fmt: skip
     if len({series.patient for series in wanted}) > 1:
         refuse(
@@ -293,12 +302,9 @@ def _volume(series: Series, study: Study, order: Order, part: Part, params: Para
             "IDENTITY_DIFFERS", "The images are not of the study that the archive listed them under.", part.name,
             "Have the archive corrected.",
         )  # fmt: skip
-    missing = [finding for finding in volume.findings if finding.code == "INCOMPLETE_SUSPECTED"]
-    if missing and not params.segment.accept_incomplete:
-        refuse(
-            missing[0].code, missing[0].sentence, series.digest, "Fetch the whole series, or accept_incomplete: true.",
-            **missing[0].numbers,
-        )  # fmt: skip
+    infer.refuse_unsuitable(
+        series, volume, params.modalities, params.network["accept_incomplete"], "Correct the job's `modalities`."
+    )
     # Archives rewrite file headers, so bytes differ where nothing does; the instances' UIDs are what is the same.
     rows = [Instance(series.uid, item.sop_instance) for item in series.slices]
     return replace(volume, series=listing_digest(study.uid, rows))
@@ -307,9 +313,9 @@ def _volume(series: Series, study: Study, order: Order, part: Part, params: Para
 # ------------------------------------------------------------------------------------------------ run
 
 
-def run(item: Item, model: infer.Segmenter, ctx: Context) -> PartResult:
+def run(item: Item, model: Network, ctx: Context) -> PartResult:
     """Segment every volume, write what was asked for, and send it back."""
-    params = Params.of(ctx.spec.params)
+    params = Params.of(ctx.spec)
     try:
         done = [_compute(volume, model, params, ctx) for volume in item.volumes]
         with ctx.stage("send"):
@@ -337,26 +343,21 @@ class _Computed:
     findings: tuple[Finding, ...]
 
 
-def _compute(volume: Volume, model: infer.Segmenter, params: Params, ctx: Context) -> _Computed:
-    from permed_compute.workloads.radiology import outputs
+def _compute(volume: Volume, model: Network, params: Params, ctx: Context) -> _Computed:
     from permed_compute.workloads.radiology.measure import measure
 
     name = f"series-{volume.series[:16]}"
+    algorithm = model.algorithm
     with ctx.stage("infer"):
-        mask = model.segment(volume, params.segment.threshold)
-    segments = getattr(model, "segments", (outputs.BRAIN,))
-    algorithm = outputs.Algorithm(
-        model.name, model.version, model.digest, f"threshold={params.segment.threshold:g}",
-        getattr(model, "label", segments[0].label), segments,
-    )  # fmt: skip
+        mask = model.labels(volume)
     with ctx.stage("measure"):
         suv, notes = _suv(volume)
-        measured = [measure(mask == number, volume, suv) for number in range(1, len(segments) + 1)]
+        measured = [measure(mask == number, volume, suv) for number in range(1, len(algorithm.segments) + 1)]
     with ctx.stage("write"):
         written = _write(mask, volume, measured, algorithm, params, name, ctx)
     return _Computed(
         name,
-        {segment.label: figures.as_dict() for segment, figures in zip(segments, measured, strict=True)},
+        {segment.label: figures.as_dict() for segment, figures in zip(algorithm.segments, measured, strict=True)},
         tuple(written.values()),
         tuple(path for kind, path in written.items() if kind in _DICOM),
         f"{name}-{THUMBNAIL}",
@@ -435,7 +436,14 @@ def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) 
     )
 
 
+def load_model(spec: JobSpec, ctx: Context) -> Network:
+    return networks.load(spec, ctx, Params.of(spec).network)
+
+
+def model_digest(spec: JobSpec, ctx: Context) -> str:
+    return networks.digest(spec, ctx, Params.of(spec).network)
+
+
 WORKLOAD = Map(
-    plan=plan, model=infer.load_model, load=load, run=run, reduce=reduce, model_digest=infer.model_digest,
-    version=VERSION,
-)  # fmt: skip
+    plan=plan, model=load_model, load=load, run=run, reduce=reduce, model_digest=model_digest, version=VERSION
+)

@@ -25,20 +25,26 @@ from permed_compute.errors import (
     WorkloadError,
 )
 from permed_compute.paths import HomePaths
-from permed_compute.spec import JobSpec
+from permed_compute.spec import DataRef, JobSpec
 from permed_compute.testing.context import LocalContext, run_map
-from permed_compute.workloads.radiology import answer, pet, read, sample, worklist
+from permed_compute.workloads.radiology import answer, bundle, pet, read, sample, worklist
 from permed_compute.workloads.radiology.archives import read_archives
+from permed_compute.workloads.radiology.networks import Brain
 from permed_compute.workloads.radiology.orders import read_orders
 from permed_compute.workloads.radiology.pacs import Archive, ArchiveError
 
+from .bundles import config, write_bundle
 from .made import sha256, write
 from .orthanc import PASSWORD, Orthanc
 from .test_infer import Threshold
 from .test_pet import edit as pet_edit
 
 pytestmark = pytest.mark.orthanc
-QUICK = replace(worklist.WORKLOAD, model=lambda spec, ctx: Threshold(), model_digest=lambda spec, ctx: Threshold.digest)
+QUICK = replace(
+    worklist.WORKLOAD,
+    model=lambda spec, ctx: Brain(Threshold(), spec.params.get("threshold", 0.5)),
+    model_digest=lambda spec, ctx: Threshold.digest,
+)
 
 
 def push(orthanc: Orthanc, folder: Path) -> None:
@@ -149,6 +155,7 @@ CODE = """
 import time
 from dataclasses import replace
 from permed_compute.workloads.radiology import worklist
+from permed_compute.workloads.radiology.networks import Brain
 
 class Slow:
     name, version, digest, device = "threshold", "1", "77" * 32, "cpu"
@@ -156,7 +163,9 @@ class Slow:
         time.sleep(0.2)
         return volume.array > threshold * volume.array.max()
 
-WORKLOAD = replace(worklist.WORKLOAD, model=lambda spec, ctx: Slow(), model_digest=lambda spec, ctx: Slow.digest)
+WORKLOAD = replace(
+    worklist.WORKLOAD, model=lambda spec, ctx: Brain(Slow(), 0.52), model_digest=lambda spec, ctx: Slow.digest
+)
 """
 
 
@@ -389,7 +398,9 @@ def test_images_that_come_while_a_study_is_computed_are_not_overlooked(orthanc, 
     assert item.volumes[0].array.shape[2] == 8
     # Results of ours in the study change nothing about what is to be computed.
     run = worklist.run(
-        item, Threshold(), LocalContext(tmp_path / "r", spec(orthanc, listed(tmp_path, ("", uid)), returns=["pacs"]))
+        item,
+        Brain(Threshold()),
+        LocalContext(tmp_path / "r", spec(orthanc, listed(tmp_path, ("", uid)), returns=["pacs"])),
     )
     assert run.values["returned"]["pacs"]["sent"] == 2
     assert [part.inputs for part in worklist.plan(job, {}, ctx)] == [anew.inputs]
@@ -456,7 +467,7 @@ def test_wrong_parameters_are_all_named():
         "treshold": 1,
     }
     with pytest.raises(SpecError) as caught:
-        worklist.Params.of(wrong)
+        worklist.Params.of(JobSpec(name="t", workload="radiology/worklist", params=wrong))
     assert {problem.where for problem in caught.value.problems} == {
         "params.archive", "params.returns", "params.send_by", "params.outputs", "params.coding", "params.treshold",
     }  # fmt: skip
@@ -493,7 +504,34 @@ def test_the_answer_has_a_row_for_each_row(tmp_path):
     assert "error (500)" in page and "A3" not in page and page.index("Row 2") < page.index("Row 1")
 
 
-# ------------------------------------------------------------------------------------------------ broken models
+# ------------------------------------------------------------------------------------------------ models
+
+
+@pytest.mark.slow
+def test_any_bundle_segments_a_worklist(orthanc, ten, tmp_path, monkeypatch):
+    """Three structures by an untrained network: names and codes are the job's, the bundle's digest signs."""
+    root = write_bundle(tmp_path / "bundle", config(classes=4, roi=16))
+    (tmp_path / "allowed.yaml").write_text(yaml.safe_dump({"allowed": {bundle.check(root).digest: "made up"}}))
+    monkeypatch.setenv(bundle.ALLOWED, str(tmp_path / "allowed.yaml"))
+    names = [
+        {"label": "Liver", "code": ["10200004", "SCT", "Liver"]},
+        {"label": "Spleen", "code": ["78961009", "SCT", "Spleen"]},
+        {"label": "Aorta", "code": ["15825003", "SCT", "Aorta"]},
+    ]
+    job = spec(
+        orthanc, listed(tmp_path, ten_rows(ten)[5]), returns=["pacs"], modalities=["MR"], segments=names,
+        outputs=["seg", "sr", "nifti"], coding="LABELMAP",
+    )  # fmt: skip
+    job = job.model_copy(update={"inputs": (*job.inputs, DataRef(name="bundle", path=str(root)))})
+    (done,) = run_map(worklist.WORKLOAD, job, tmp_path / "work").done
+    ((series, figures),) = done.values["series"].items()
+    seg = dcmread(done.folder / f"{series}-segmentation.dcm")
+    assert list(figures) == ["Liver", "Spleen", "Aorta"] and seg.SegmentationType == "LABELMAP"
+    assert seg.DeviceSerialNumber == bundle.check(root).digest[:16] and seg.ManufacturerModelName.startswith("Made up")
+    assert done.values["returned"]["pacs"]["sent"] == 2
+    unnamed = job.model_copy(update={"params": {"archive": "pacs"}})
+    with pytest.raises(SpecError, match="segments"):
+        run_map(worklist.WORKLOAD, unnamed, tmp_path / "w")
 
 
 BROKEN = """
@@ -501,6 +539,7 @@ import json, shutil
 from dataclasses import replace
 from pathlib import Path
 from permed_compute.workloads.radiology import model, worklist
+from permed_compute.workloads.radiology.networks import Brain
 
 def load(spec, ctx):
     folder = Path(ctx.scratch) / "bundle"
@@ -508,7 +547,7 @@ def load(spec, ctx):
     config = json.loads((folder / "configs" / "inference.json").read_text())
     config["weights"]["segmenter"]["sha256"] = "00" * 32
     (folder / "configs" / "inference.json").write_text(json.dumps(config))
-    return model.BrainModel(model.Bundle(folder))
+    return Brain(model.BrainModel(model.Bundle(folder)))
 
 WORKLOAD = replace(worklist.WORKLOAD, model=load, model_digest=lambda spec, ctx: "00")
 """
@@ -535,7 +574,7 @@ def test_the_shipped_job_is_valid():
     from permed_compute import spec as specs
 
     job = specs.load(Path(str(resources.files("permed_compute.jobs"))) / "radiology/worklist/job.yaml")
-    assert job.workload == "radiology/worklist" and worklist.Params.of(job.params) == worklist.Params("pacs")
+    assert job.workload == "radiology/worklist" and worklist.Params.of(job).archive == "pacs"
 
 
 def test_importing_the_workload_loads_nothing_heavy():
