@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -37,6 +37,14 @@ from permed_compute.workloads.port import Context
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 """(model, batch) → mean loss over the batch's samples, a scalar."""
 
+
+class Stateful(Protocol):
+    """Its state is tensors, numbers, words, and lists and dicts of them."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Any, /) -> Any: ...
+
+
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,7 +54,9 @@ class Recipe:
 
     scheduler: stepped after every optimiser step. collate: samples → batch, default torch's. evaluate(model, epoch) is
     called by every rank after each epoch, and returns what to log. sources: objects with a numpy `RandomState` in `R`
-    (MONAI's `Randomizable`) that the loop itself draws from, beyond the samples' own transforms.
+    (MONAI's `Randomizable`) that the loop itself draws from, beyond the samples' own transforms. enough: asked with the
+    history before each epoch; true ends the training early. carried: what else a checkpoint holds, rank 0's (the best
+    weights so far, for example).
     """
 
     model: nn.Module
@@ -57,6 +67,8 @@ class Recipe:
     collate: Callable[[list[Any]], Any] | None = None
     evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None = None
     sources: Sequence[Any] = ()
+    enough: Callable[[Sequence[Mapping[str, float]]], bool] | None = None
+    carried: Mapping[str, Stateful] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +167,7 @@ class _Training:
 
     def run(self) -> Trained | None:
         self.recipe.model.train()
-        while self.at.epoch < self.pace.epochs:
+        while self.at.epoch < self.pace.epochs and not self._is_enough():
             for batch in self._batches():
                 loss = self._step(batch)
                 self.at.batch, self.at.step = self.at.batch + 1, self.at.step + 1
@@ -170,6 +182,9 @@ class _Training:
             if self.at.epoch < self.pace.epochs and self._due():
                 self._checkpoint(beside=self.pace.beside)
         return Trained(self.recipe.model, self.at.step, self.at.history, self.resumed_at, self.micro)
+
+    def _is_enough(self) -> bool:
+        return self.recipe.enough is not None and self.recipe.enough(self.at.history)
 
     # ------------------------------------------------------------------------------------- one step
 
@@ -276,6 +291,7 @@ class _Training:
                 "model": self.recipe.model.state_dict(), "optimizer": self.recipe.optimizer.state_dict(),
                 "scheduler": scheduler.state_dict() if scheduler is not None else None,
                 "scaler": self.scaler.state_dict(),
+                "carried": {name: item.state_dict() for name, item in self.recipe.carried.items()},
             }  # fmt: skip
         own = {"randomness": randomness.capture(self.recipe.sources), "sum": self.at.sum}
         position = {
@@ -305,6 +321,8 @@ class _Training:
         if self.recipe.scheduler is not None:
             self.recipe.scheduler.load_state_dict(shared["scheduler"])
         self.scaler.load_state_dict(shared["scaler"])
+        for name, item in self.recipe.carried.items():
+            item.load_state_dict(shared["carried"][name])
         saved = _ranks_of(found)
         self.at = Position(position["epoch"], position["batch"], position["step"], 0.0, list(position["history"]))
         if saved == self.ctx.world:

@@ -27,6 +27,7 @@ CATALOG = {
     "radiology/evaluate": "permed_compute.workloads.radiology.evaluate:WORKLOAD",
     "radiology/ingest": "permed_compute.workloads.radiology.ingest:WORKLOAD",
     "radiology/segment": "permed_compute.workloads.radiology.segment:WORKLOAD",
+    "radiology/train-segmentation": "permed_compute.workloads.radiology.train:WORKLOAD",
     "radiology/worklist": "permed_compute.workloads.radiology.worklist:WORKLOAD",
 }
 """The workloads that ship, by the name that a job file gives."""
