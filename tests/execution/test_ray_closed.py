@@ -115,12 +115,15 @@ def test_every_port_refuses_who_has_no_token_or_a_wrong_one(ray_executor: RayExe
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user can be tried only by root")
-def test_another_user_reaches_no_socket_and_no_secret(ray_executor: RayExecutor, gang: Attempt) -> None:
+def test_another_user_reaches_no_socket_and_no_secret(ray_executor: RayExecutor, ray_toys: Toys) -> None:
     assert ray_executor._local is not None
+    attempt = ray_toys.attempt("train", job="private")
+    (attempt.paths.root / "rendezvous").touch()
+    ray_executor.start()
     runtime = ray_executor._local.token.parent
     sockets = [path for path in runtime.rglob("*") if path.is_socket()]
     assert len(sockets) >= 2  # the raylet's and the object store's
-    places = [*sockets, ray_executor._local.token, gang.paths.root / "rendezvous", gang.paths.launch]
+    places = [*sockets, ray_executor._local.token, attempt.paths.root / "rendezvous", attempt.paths.launch]
     assert as_nobody(places) == {"PermissionError"}
 
 
