@@ -303,13 +303,16 @@ class Judge:
     params: Mapping[str, Any]
     ctx: Context
     best: Best = field(default_factory=Best)
-    _samples: dict[str, Samples] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        split = self.data.split
+        everyone = {scan.name: scan.case for scan in (*split.training, *split.validation, *split.test)}
+        self._place = {name: k for k, name in enumerate(everyone)}
+        self._samples = Samples(list(everyone.values()), Whole(), transform=_plain(self.data))
 
     def segmented(self, model: nn.Module, scan: Scan) -> tuple[Volume, np.ndarray, np.ndarray]:
         """(truth, image, labels), in RAS on the scan's grid."""
-        if scan.name not in self._samples:
-            self._samples[scan.name] = Samples([scan.case], Whole(), transform=_plain(self.data))
-        sample = self._samples[scan.name][0]
+        sample = self._samples[self._place[scan.name]]
         windows = Windows((self.params["patch"],) * 3, (self.params["overlap"],) * 3)
         image = sample["image"].as_tensor().float()
         found = labels(image.to(self.ctx.device), lambda x: _first(model(x)), windows)
