@@ -39,6 +39,17 @@ def test_volumes_become_stores_and_a_bad_one_is_named_by_digest(permed, volumes,
     assert "PIXELS_UNREADABLE" in told.out and "Nordmann" not in told.out + told.err
 
 
+def test_a_volume_that_was_changed_is_found(permed, volumes, tmp_path):
+    permed("convert", volumes / "good.nii.gz", "--to", tmp_path / "to")
+    (store,) = (path for path in (tmp_path / "to").iterdir() if path.suffix == ".zarr")
+    answer = permed("verify", store)
+    assert answer.code == 0 and "2,688 voxels" in answer.out
+    row = json.loads((store / "zarr.json").read_text())
+    row["attributes"]["permed"]["voxels"] = "crc32:00000000"
+    (store / "zarr.json").write_text(json.dumps(row))
+    assert permed("verify", store).code == Exit.FAILED
+
+
 def test_dicom_is_told_from_slides(permed, tmp_path):
     try:
         find_head()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -207,14 +208,30 @@ def write(
     fill = 0 if kind == "label" else array.max().item() if rescale and rescale[0] < 0 else darkest(array)
     layout = Layout(array.shape, str(array.dtype), fill)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _remove_abandoned(path)
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     fresh.mkdir(mode=0o700)
     try:
         told = volumes.write(fresh, array, layout, {"permed": about}, threads=threads)
         fresh.rename(path)
+    except OSError:
+        there = finished(path, volume.series, how)  # another writer was first
+        if there is None:
+            raise
+        return there
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return {**told, "about": about}
+
+
+_ABANDONED_S = 3600.0
+
+
+def _remove_abandoned(path: Path) -> None:
+    """What a killed writer of this store left beside it; a younger one may belong to a writer that is alive."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        if time.time() - left.stat().st_mtime > _ABANDONED_S:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_nifti(store: VolumeStore, path: Path) -> None:

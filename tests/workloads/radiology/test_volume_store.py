@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import nibabel
@@ -100,6 +101,26 @@ def test_a_store_is_kept_for_its_source_and_never_replaced_by_another(tmp_path):
     for other, how in ((replace(first, series="o" * 64), {"tilt": "refuse"}), (first, {"tilt": "correct"})):
         with pytest.raises(RefusedInput, match="OTHER_STORE"):
             volume_store.write(path, other, inputs=[], how=how)
+
+
+def test_what_a_killed_writer_left_goes_and_a_writer_that_was_first_stays(tmp_path, monkeypatch):
+    path = tmp_path / "a.zarr"
+    old, young = tmp_path / ".a.zarr.0001", tmp_path / ".a.zarr.0002"
+    for left in (old, young):
+        left.mkdir()
+        (left / "c.0.0.0").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    first = volume(np.arange(27, dtype=np.int16).reshape(3, 3, 3))
+    real = volume_store.volumes.write
+
+    def overtaken(folder, *given, **how):
+        real(path, *given, **how)
+        return real(folder, *given, **how)
+
+    monkeypatch.setattr(volume_store.volumes, "write", overtaken)
+    told = volume_store.write(path, first, inputs=[])
+    assert told["files"] == 3 and np.array_equal(VolumeStore(path).all(), first.array)
+    assert sorted(tmp_path.iterdir()) == [young, path]
 
 
 def test_any_zarr_reader_opens_it_and_finds_the_affine(regular, tmp_path):
