@@ -26,7 +26,8 @@ WHY = (
     "What a queue, a ledger, digests and an exit record cost beside engines that have none of them. From handing the"
     " bag over to having every result; the engine runs, its workers are started for the bag (dask: its cluster too, as"
     " none stays). Wall time is the figure; CPU seconds and memory of everything that took part stand beside it. The"
-    " bag of parts that do nothing shows what starting and a part cost by themselves."
+    " bag of parts that do nothing shows what starting and a part cost by themselves. Goal: none; figures stand"
+    " side by side."
 )
 
 

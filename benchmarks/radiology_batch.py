@@ -24,7 +24,7 @@ TITLE = "A batch of studies"
 WHY = (
     "DICOM series of heads at 2 mm, segmented by a MONAI bundle (UNet of 16-32-64 channels, residual units, windows of"
     " 96, untrained) to SEG, NIfTI and picture; from the first part's start to the last publication. Decoding goes on"
-    " while the network runs; what is left beside it (preprocessing, deciding, writing) should be at most 15 %. Workers"
+    " while the network runs; what is left beside it is preprocessing, deciding, writing. Goal: at most 15 %. Workers"
     " are threads of one process here, of one CPU each. Where CUDA is present, the same on it, at full resolution."
 )
 

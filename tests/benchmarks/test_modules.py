@@ -14,13 +14,18 @@ from permed_compute.cli.bench import load_benchmarks
 
 MODULES = load_benchmarks(Path(__file__).resolve().parents[2] / "benchmarks", [])
 
-# Groups that still lack a peer in the same run: admission's are measured against published figures and scaling only.
+# Groups without a peer in the same run: admission's are measured against published figures and scaling only; a round of
+# our controller, and the network's share of our own batch, have none.
 WITHOUT_A_PEER = {
     ("admission", "a trace on the virtual clock"),
     ("admission", "admissions through SQLite"),
     ("admission", "cost by jobs waiting"),
     ("admission", "makespan with Kueue's run times"),
     ("admission", "one decision"),
+    ("gang", "50 running jobs"),
+    ("radiology_batch", "3 studies on a GPU"),
+    ("radiology_batch", "3 studies on a GPU, busy"),
+    ("radiology_batch", "3 studies, share of wall time outside the network"),
     ("pathology_convert", "all levels, MB of pixels per CPU-s"),
 }
 STARTS_SERVERS = {"submit", "overhead", "latency", "omics", "pathology_encode"}
