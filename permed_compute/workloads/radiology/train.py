@@ -27,7 +27,7 @@ from permed_compute.spec import JobSpec, parse_duration
 from permed_compute.workloads.port import Context, Gang, Result
 from permed_compute.workloads.radiology import evaluation, publish, scores, splits
 from permed_compute.workloads.radiology.evaluate import TRAITS
-from permed_compute.workloads.radiology.patches import Balanced, Random, Samples, Whole
+from permed_compute.workloads.radiology.patches import Balanced, Samples, Whole
 from permed_compute.workloads.radiology.read import Volume
 from permed_compute.workloads.radiology.sliding import Windows, labels
 from permed_compute.workloads.radiology.splits import Scan, Split
@@ -41,6 +41,8 @@ BUNDLE, SPLIT, PAGE = "bundle", "split.json", "evaluation.html"
 VERSION = "1"
 SPACING_SHARE = 0.1
 """By which a scan's spacing may differ from the median, along any axis."""
+_VALUES = 20_000
+"""Of each structure that are looked at, per scan."""
 _TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _UNET = {"_target_": "UNet", "channels": [16, 32, 64], "strides": [2, 2], "num_res_units": 1, "norm": "instance"}
 _PRECISIONS = ("float32", "bfloat16", "float16")
@@ -130,6 +132,14 @@ class Data:
     spacing: tuple[float, float, float]
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """spacing: mm along R, A, S. values: some, of each structure by label, 0 of everything."""
+
+    spacing: np.ndarray
+    values: Mapping[int, np.ndarray]
+
+
 def data_of(params: Mapping[str, Any], ctx: Context) -> Data:
     """Split the list, and look at a patch of every scan. Raises `WorkloadError`, `RefusedInput` SPACING_DIFFERS."""
     index = ctx.input(DATASET)
@@ -142,11 +152,11 @@ def data_of(params: Mapping[str, Any], ctx: Context) -> Data:
     if len({len(scan.case.images) for scan in found}) > 1:
         raise WorkloadError("Scans have different numbers of images.", remedy="Give each the same modalities.")
     everyone = [*split.training, *split.validation, *split.test]
-    seen = _seen(everyone, params["patch"], ctx.seed)
-    spacing = np.median([each for each, _ in seen[: len(split.training)]], axis=0)
-    _refuse_other_spacing(everyone, [each for each, _ in seen], spacing)
-    values = np.concatenate([each for _, each in seen[: len(split.training)]])
-    low, high = params["intensity"] or np.percentile(values, (0.5, 99.5)).tolist()
+    seen = _seen(everyone, structures, params["patch"], ctx.seed)
+    trained = seen[: len(split.training)]
+    spacing = np.median([scan.spacing for scan in trained], axis=0)
+    _refuse_other_spacing(everyone, [scan.spacing for scan in seen], spacing)
+    low, high = params["intensity"] or _range(trained)
     if not low < high:
         raise WorkloadError("The training scans have one intensity only.", remedy="Check that they are the images.")
     x, y, z = (round(float(length), 4) for length in spacing)
@@ -166,18 +176,32 @@ def _structures(index: Path) -> dict[int, str]:
     return structures
 
 
-def _seen(found: Sequence[Scan], patch: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Spacing (R, A, S) of each scan, and some of its values: those of one random patch."""
+def _seen(found: Sequence[Scan], structures: Mapping[int, str], patch: int, seed: int) -> list[_Seen]:
+    """Of one patch of each scan, around a voxel of some structure."""
     from monai.data.utils import affine_to_spacing
 
     from permed_compute.learning.order import Seeded
 
-    samples = Seeded(Samples([scan.case for scan in found], Random((patch,) * 3), transform=_oriented()), seed)
+    cut = Balanced((patch,) * 3, dict.fromkeys(structures, 1.0))
+    samples = Seeded(Samples([scan.case for scan in found], cut, transform=_oriented()), seed)
     rows = []
     for k in range(len(samples)):
-        image = samples[0, k]["image"]
-        rows.append((affine_to_spacing(image.affine).numpy(), image.as_tensor().flatten()[::7].numpy()))
+        sample = samples[0, k]
+        image, label = sample["image"].as_tensor().numpy(), sample["label"].as_tensor().numpy()[0]
+        values = {one: image[:, label == one].reshape(-1)[:_VALUES] for one in structures}
+        rows.append(_Seen(affine_to_spacing(sample["image"].affine).numpy(), {0: image.reshape(-1)[::7], **values}))
     return rows
+
+
+def _range(seen: Sequence[_Seen]) -> tuple[float, float]:
+    """0.5 to 99.5 % of all voxels, widened to those of every structure: a small bright lesion must not be clipped."""
+    ends = []
+    for one in seen[0].values:
+        values = np.concatenate([scan.values[one] for scan in seen])
+        if values.size:
+            ends.append(np.percentile(values, (0.5, 99.5)))
+    low, high = np.min(ends, axis=0)[0], np.max(ends, axis=0)[1]
+    return float(low), float(high)
 
 
 def _refuse_other_spacing(found: Sequence[Scan], spacings: Sequence[np.ndarray], median: np.ndarray) -> None:

@@ -113,6 +113,12 @@ def test_without_held_out_scans_a_fit_is_called_a_fit(dataset: Path, tmp_path: P
     assert all(name.startswith("fit_") for name in done.metrics)
 
 
+def test_a_small_bright_lesion_is_not_clipped() -> None:
+    seen = [train._Seen(np.ones(3), {0: np.arange(1000.0), 1: np.array([]), 2: np.array([1500.0, 1600.0])})] * 2
+    low, high = train._range(seen)
+    assert low == pytest.approx(5, abs=1) and high == pytest.approx(1600, abs=1)
+
+
 def test_deep_supervision_weighs_each_head_half_of_the_one_above() -> None:
     from monai.losses import DiceCELoss
 
