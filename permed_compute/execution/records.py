@@ -64,5 +64,9 @@ def _parsed(data: bytes) -> Iterator[Mapping[str, Any]]:
 
 
 def last_sign(root: Path) -> int:
-    """When the attempt last showed life: newest mtime (ms) of its record files, 0 where it has none."""
-    return max((path.stat().st_mtime_ns // 1_000_000 for path in root.glob("records-*.jsonl")), default=0)
+    """When the attempt last showed life (ms), 0 where it has not: its driver's records alone, since ranks and workers
+    may go on for a while after it has died."""
+    try:
+        return (root / "records-driver.jsonl").stat().st_mtime_ns // 1_000_000
+    except FileNotFoundError:
+        return 0
