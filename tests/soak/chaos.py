@@ -20,6 +20,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -201,6 +202,15 @@ def _audit(settings: object, anchor: Path) -> str:
     return f"{verified.count} events intact"
 
 
+@contextmanager
+def _nothing_left(folder: Path) -> Iterator[None]:
+    """Whatever becomes of the run, none of its processes stays."""
+    try:
+        yield
+    finally:
+        kill(list(ours(HomePaths(folder / "home").create())))
+
+
 def _until(true: object, seconds: float) -> None:
     end = time.monotonic() + seconds
     while not true():
@@ -230,7 +240,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="work per part")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="permed-chaos-") as folder:
+    with tempfile.TemporaryDirectory(prefix="permed-chaos-") as folder, _nothing_left(Path(folder)):
         counts = chaos(Path(folder), kills=args.kills, parts=args.parts, seconds=args.seconds, seed=args.seed)
     complaints = broken(counts, args.kills)
     print(json.dumps({**counts, "broken": complaints}, indent=1))

@@ -25,15 +25,18 @@ from typing import Any, Protocol
 
 from permed_compute.errors import Finding, PermedError, Problem, RefusedInput, SpecError, WorkloadError
 from permed_compute.paths import write_json
-from permed_compute.spec import JobSpec
+from permed_compute.spec import DataClass, JobSpec
 from permed_compute.storage import budget
 from permed_compute.storage.volumes import Layout
 from permed_compute.workloads.port import Context, DonePart, Map, Part, PartResult, Result
 from permed_compute.workloads.radiology import layouts, nifti, pet, read, straighten, volume_store
+from permed_compute.workloads.radiology.deidentify import require_clean
 from permed_compute.workloads.radiology.read import Inventory, Series, Volume
 
 VERSION = "1"
 _GIB = 2**30
+_WITHOUT_PERSONS = (DataClass.GREEN, DataClass.YELLOW)
+"""Data classes whose stores hold nothing that tells who somebody is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,7 @@ def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part
             found = find(Path(ref.path), params, ctx.digest, ctx.threads)
             for finding in [*found.inventory.findings, *_passed_over(found.inventory, params)]:
                 ctx.finding(finding)
-            for part, size, _ in _parts(found, params, ctx):
+            for part, size, _ in _parts(found, params, ctx, clean=spec.data_class in _WITHOUT_PERSONS):
                 parts[part.name], needed[part.name] = part, size
     size, files = (sum(column) for column in zip((0, 0), *needed.values(), strict=True))
     budget.check(Path(params.to) if params.to else ctx.out, files=files, size=size, budget=params.budget)
@@ -174,13 +177,19 @@ class Here(Protocol):
     def stage(self, name: str) -> Any: ...
 
 
-def _parts(found: Found, params: Params, ctx: Here) -> Iterator[tuple[Part, tuple[int, int], Series | None]]:
-    """Each part with the (bytes, files) that its store takes at most, and its series where it is one."""
+def _parts(
+    found: Found, params: Params, ctx: Here, *, clean: bool = False
+) -> Iterator[tuple[Part, tuple[int, int], Series | None]]:
+    """Each part with the (bytes, files) that its store takes at most, and its series where it is one.
+
+    clean: series that are not de-identified are to be refused.
+    """
     how: dict[str, Any] = {"to": params.to}
     for series in found.inventory.series:
         if not _wanted(series, params):
             continue
-        extra = {"tilt": params.tilt} | ({"pet": params.pet} if series.modality == "PT" else {})
+        extra: dict[str, Any] = {"tilt": params.tilt} | ({"pet": params.pet} if series.modality == "PT" else {})
+        extra |= {"clean": True} if clean else {}
         subject = ctx.pseudonym(series.patient) if series.patient else ""
         part = Part(f"series-{series.digest[:16]}", series.inputs, {**how, **extra}, series.sources, subject)
         yield part, _dicom_size(series, params), series
@@ -252,7 +261,13 @@ def _dicom(part: Part, ctx: Here) -> Loaded:
 
 
 def dicom_volume(series: Series, part: Part, threads: int) -> Loaded:
-    """The series as it is stored: straightened or in SUV where the part's params say so."""
+    """The series as it is stored: straightened or in SUV where the part's params say so.
+
+    Raises `RefusedInput` NOT_DEIDENTIFIED where they ask for clean images and one is not.
+    """
+    if part.params.get("clean"):
+        for source in series.sources:
+            require_clean(read.header(source), series.digest)
     assemble = straighten.assemble if part.params.get("tilt") == "correct" else read.assemble
     volume = assemble(series, threads)
     if part.params.get("pet") == "suv":

@@ -275,6 +275,15 @@ def scan(sources: Iterable[str], digest: Digest, threads: int = 1) -> Inventory:
 Identity = tuple[str, str, str, str]
 
 
+def header(source: str) -> Any:
+    """Everything before the pixels. Raises `OSError` where the file cannot be read."""
+    with open_source(source) as file:
+        ds = read_dataset(file)
+    if ds is None:
+        raise OSError("not DICOM any more")
+    return ds
+
+
 def _header(source: str, digest: Digest) -> Finding | tuple[Identity, list[Slice]] | None:
     """(study, series, patient, modality) and the planes of one file; a finding where it cannot be read; None for a
     DICOMDIR."""

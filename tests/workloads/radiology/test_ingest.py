@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydicom import dcmread
 
 from permed_compute import spec
 from permed_compute.errors import SpecError, WorkloadError
 from permed_compute.paths import write_json
-from permed_compute.spec import DataRef, JobSpec
+from permed_compute.spec import DataClass, DataRef, JobSpec
 from permed_compute.testing.context import LocalContext, run_map
 from permed_compute.workloads.radiology import ingest, nifti
+from permed_compute.workloads.radiology.deidentify import Deidentifier
 from permed_compute.workloads.radiology.patches import Samples as PatchSamples
 from permed_compute.workloads.radiology.patches import Whole, cases
 from permed_compute.workloads.radiology.volume_store import VolumeStore
@@ -327,3 +329,20 @@ def test_the_shared_series_are_stored_and_the_tilted_one_refused_or_straightened
     straight = run(tmp_path / "b", folders[0], tilt="correct")
     assert not straight.failures and straight.done[0].values["shape"] == [512, 611, 56]
     assert "GANTRY_TILT_CORRECTED" in straight.done[0].values["findings"]
+
+
+# ------------------------------------------------------------------------------------------ data classes
+
+
+@pytest.mark.parametrize(("data_class", "kept"), [("red", 2), ("yellow", 1), ("green", 1)])
+def test_a_store_without_persons_takes_clean_images_only(tmp_path, data_class, kept):
+    write(tmp_path / "in" / "known", series="a")
+    write(tmp_path / "clean-in", series="b")
+    by = Deidentifier(b"k" * 32, vouched=True)
+    (tmp_path / "in" / "clean").mkdir()
+    for number, file in enumerate(sorted((tmp_path / "clean-in").iterdir())):
+        by.apply(dcmread(file)).dataset.save_as(tmp_path / "in" / "clean" / f"{number}.dcm", enforce_file_format=True)
+    asked = job(tmp_path / "in", to=str(tmp_path / "to")).model_copy(update={"data_class": DataClass(data_class)})
+    outcome = run_map(ingest.WORKLOAD, asked, tmp_path / "run")
+    assert len(list((tmp_path / "to").iterdir())) == kept
+    assert codes(outcome) == ["NOT_DEIDENTIFIED"] * (2 - kept)
