@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,4 +49,5 @@ def ray_executor(session_executor: RayExecutor) -> Iterator[RayExecutor]:
 @pytest.fixture
 def ray_toys(ray_home: HomePaths, code: Path, tmp_path: Path) -> Toys:
     """Toys for the session's Ray, apart from every other test's."""
-    return Toys(ray_home, code, tmp_path / "tally", scope=f"t{next(_numbers)}")
+    # The process in the name: an attempt is ended by its name, and another suite may run on this machine.
+    return Toys(ray_home, code, tmp_path / "tally", scope=f"t{os.getpid()}x{next(_numbers)}")
