@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,9 +10,9 @@ import pytest
 from permed_compute.admission.permission import check
 from permed_compute.admission.policy import Account, Member, Policy
 from permed_compute.admission.snapshot import Node
-from permed_compute.errors import PermissionDeniedError
+from permed_compute.errors import PermissionDeniedError, SpecError
 from permed_compute.queue.memory import MemoryQueue
-from permed_compute.service import Caller, JobService
+from permed_compute.service import Caller, JobService, handle
 from permed_compute.spec import Band, JobSpec, Purpose
 
 POLICY = Policy(
@@ -74,3 +75,12 @@ def test_a_preview_goes_by_the_policy_in_force_and_writes_nothing() -> None:
     told = service.preview(spec("helse/nord"))
     assert told["starts_now"] and [grant["node"] for grant in told["grants"]] == ["n"]
     assert queue.head() == before and queue.jobs() == []
+
+
+def test_a_preview_comes_through_the_socket_as_it_is() -> None:
+    service = JobService(MemoryQueue(), Caller("kari", operator=False), lambda: (Node("n", 4000, 4096),))
+    asked = spec("local")
+    answer = handle(lambda caller: service, None, "preview", {"spec": asked.canonical()})
+    assert json.loads(json.dumps(answer)) == service.preview(asked)
+    with pytest.raises(SpecError):
+        handle(lambda caller: service, None, "preview", {"spec": "{}"})
