@@ -5,13 +5,18 @@
     ├── NotFoundError               no such job, part, model, file
     ├── StateError                  the move is not allowed from the job's present state
     ├── PermissionDeniedError       this caller may not do this to this job
+    │   └── ModelRefusedError       this model may not be used on patients here; carries `rule`
     ├── StaleError                  somebody else moved first; look again and decide again
     │   └── LeaseLostError          another controller leads this queue now
     ├── QueueError                  the queue's store cannot be used (unreachable, wrong version, bad file system)
     ├── AuditError                  the event log has been edited, cut or reordered; carries `seq`
     ├── SettingsError               a setting is unknown or its value impossible
     ├── EngineError                 an executor cannot do what was asked (Ray did not start, no such node)
+    ├── SiteRefusalError            a site's rules forbid this job; carries `refusals`, each with its source
     ├── WorkloadError               a workload cannot be found, or does not have one of the two shapes
+    ├── TransferError               files could not be sent or received now; what is there is gone on from
+    │   ├── NoRoomError             the place they should go to is full; nothing half-written is left
+    │   └── DamagedError            what arrived is not what was signed and sent
     └── RefusedInput                this input must not be computed on; carries `finding` (coded, with numbers)
 
 Rules: a message says what was wrong, where, and `remedy` says what to do. Messages never carry a patient's identifiers:
@@ -100,6 +105,19 @@ class PermissionDeniedError(PermedError):
     code = "permission"
 
 
+class ModelRefusedError(PermissionDeniedError):
+    """This model may not be used on patients here. `rule` says which rule stands against it."""
+
+    code = "model-refused"
+
+    def __init__(self, message: str, *, rule: str, remedy: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.rule = rule
+
+    def as_dict(self) -> dict[str, Any]:
+        return super().as_dict() | {"rule": self.rule}
+
+
 class StaleError(PermedError):
     """A compare-and-set failed: somebody else moved first."""
 
@@ -143,10 +161,48 @@ class EngineError(PermedError):
     code = "engine"
 
 
+class SiteRefusalError(PermedError):
+    """A site would not take this job, or must not be given it. All rules at once, each with the page it stands on.
+
+    refusals: `{"rule", "sentence", "remedy", "source", "verified"}` of each.
+    """
+
+    code = "site-refused"
+
+    def __init__(self, site: str, refusals: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(
+            "; ".join(f"{row['sentence']} ({row['rule']}; {row['source']})" for row in refusals),
+            remedy=" ".join(dict.fromkeys(str(row["remedy"]) for row in refusals)),
+        )
+        self.site = site
+        self.refusals = tuple(dict(row) for row in refusals)
+
+    def as_dict(self) -> dict[str, Any]:
+        return super().as_dict() | {"site": self.site, "refusals": list(self.refusals)}
+
+
 class WorkloadError(PermedError):
     """A workload cannot be found, or has neither of the two shapes."""
 
     code = "workload"
+
+
+class TransferError(PermedError):
+    """Files could not be sent or received now. Running the same command again goes on from what is there."""
+
+    code = "transfer"
+
+
+class NoRoomError(TransferError):
+    """The place they should go to is full. Nothing half-written is left there."""
+
+    code = "no-room"
+
+
+class DamagedError(TransferError):
+    """What arrived is not what was signed and sent. Nothing of it was put in place."""
+
+    code = "damaged"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from permed_compute.errors import SettingsError
+from permed_compute.errors import NotFoundError, SettingsError
 from permed_compute.paths import HomePaths
 
 
@@ -96,14 +96,13 @@ def preset(name: str) -> Mapping[str, Any]:
 
 
 def site(name: str) -> Mapping[str, Any]:
-    """The `settings:` section of `cluster/sites/<name>.yaml`."""
-    return dict(_shipped("permed_compute.cluster", f"sites/{name}.yaml", "site").get("settings", {}))
+    """The `settings:` section of a site's profile."""
+    from permed_compute.sites.profile import load
 
-
-def project_quota(name: str) -> Mapping[str, Any]:
-    """What a project may keep at that site: `{"files": …, "gib": …}` of its profile, {} where it does not say."""
-    storage = _shipped("permed_compute.cluster", f"sites/{name}.yaml", "site").get("storage") or {}
-    return dict(storage.get("project") or {})
+    try:
+        return load(name).settings
+    except NotFoundError as error:
+        raise SettingsError(error.message, remedy=error.remedy) from None
 
 
 def _shipped(package: str, file: str, kind: str) -> Mapping[str, Any]:

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
-from importlib import resources
 from typing import Any
 
 from permed_compute.errors import NotFoundError, SettingsError
+from permed_compute.sites.profile import Per, Profile, load
 
 HOUR_MS = 3_600_000
 GPU_HOURS = "gpu hour"
@@ -80,37 +80,27 @@ class Tariff:
 
 def tariff(site: str, partition: str = "") -> Tariff:
     """The tariff of a site's partition (its default one where none is named). Raises `NotFoundError`."""
-    facts = site_facts(site)
-    partitions: Mapping[str, Any] = facts.get("partitions") or {}
-    name = partition or next((key for key, row in partitions.items() if row.get("default")), "")
-    row = partitions.get(name)
-    if row is None or "factors" not in row:
-        billed = ", ".join(key for key, row in partitions.items() if "factors" in row) or "none"
+    return tariff_of(load(site), partition)
+
+
+def tariff_of(site: Profile, partition: str = "") -> Tariff:
+    """The same of a profile that is read already."""
+    name = partition or site.default_partition()
+    charge = site.partitions[name].charge if name in site.partitions else None
+    if charge is None or site.billing is None:
+        billed = ", ".join(key for key, row in site.partitions.items() if row.charge is not None) or "none"
         raise NotFoundError(
-            f"{site} has no billed partition {partition or '(default)'!r}.", remedy=f"Its billed partitions: {billed}."
+            f"{site.name} has no billed partition {partition or '(default)'!r}.",
+            remedy=f"Its billed partitions: {billed}.",
         )
     return Tariff(
-        site, name, {key: _factor(value) for key, value in row["factors"].items()}, _exact(row.get("times", 1)),
-        bool(facts["billing"].get("floor")), str(row.get("pool", facts["billing"]["unit"])), str(row["source"]),
+        site.name, name, {key: _factor(value) for key, value in charge.factors.items()}, _exact(charge.times),
+        site.billing.floor, charge.pool or site.billing.unit, site.cited(charge),
     )  # fmt: skip
 
 
-def site_facts(site: str) -> Mapping[str, Any]:
-    """`cluster/sites/<site>.yaml` as it stands. Raises `NotFoundError`."""
-    import yaml
-
-    folder = resources.files("permed_compute.cluster") / "sites"
-    file = folder / f"{site}.yaml"
-    if not site.replace("-", "").isalnum() or not file.is_file():
-        raise NotFoundError(f"There is no site {site!r}.", remedy="`permed catalog sites` lists them.")
-    facts: Mapping[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return facts
-
-
-def _factor(value: Any) -> Factor:
-    if isinstance(value, Mapping):
-        return Factor(_exact(value.get("units", 1)), _exact(value["per"]))
-    return Factor(_exact(value))
+def _factor(value: float | Per) -> Factor:
+    return Factor(_exact(value.units), _exact(value.per)) if isinstance(value, Per) else Factor(_exact(value))
 
 
 def _exact(value: Any) -> Fraction:
@@ -135,7 +125,8 @@ class Period:
 
 def period_of(site: str, at: int) -> Period:
     """The site's period that `at` lies in, by the site's calendar days in UTC. A site without periods has one."""
-    starts = (site_facts(site).get("billing") or {}).get("periods", {}).get("starts", ())
+    billing = load(site).billing
+    starts = billing.periods.starts if billing is not None else ()
     if not starts:
         return Period(0, 1 << 62)
     year = datetime.fromtimestamp(at / 1000, UTC).year

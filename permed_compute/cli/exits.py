@@ -6,6 +6,7 @@ from enum import IntEnum
 
 from permed_compute.errors import (
     AuditError,
+    DamagedError,
     EngineError,
     NotFoundError,
     PermedError,
@@ -13,9 +14,11 @@ from permed_compute.errors import (
     QueueError,
     RefusedInput,
     SettingsError,
+    SiteRefusalError,
     SpecError,
     StaleError,
     StateError,
+    TransferError,
     WorkloadError,
 )
 from permed_compute.states import JobState
@@ -38,8 +41,8 @@ MEANING = {
     Exit.USAGE: "the command, the job file or a setting is wrong",
     Exit.PARTIAL: "the job ended PARTIAL: some parts have no result, the others do",
     Exit.NOT_FOUND: "there is no such job, file or name",
-    Exit.REFUSED: "refused: not yours to do, or not possible in the job's present state",
-    Exit.UNAVAILABLE: "the queue or an engine cannot be used now",
+    Exit.REFUSED: "refused: not yours to do, not possible in the job's present state, or against a site's rules",
+    Exit.UNAVAILABLE: "the queue, an engine or a channel cannot be used now",
     Exit.INTERRUPTED: "interrupted; `permed resume` goes on where it stopped",
 }
 
@@ -51,9 +54,12 @@ _OF_ERROR: tuple[tuple[type[PermedError], Exit], ...] = (
     (PermissionDeniedError, Exit.REFUSED),
     (StateError, Exit.REFUSED),
     (RefusedInput, Exit.REFUSED),
+    (SiteRefusalError, Exit.REFUSED),
     (StaleError, Exit.UNAVAILABLE),
     (QueueError, Exit.UNAVAILABLE),
     (EngineError, Exit.UNAVAILABLE),
+    (DamagedError, Exit.FAILED),
+    (TransferError, Exit.UNAVAILABLE),
     (AuditError, Exit.FAILED),
 )
 

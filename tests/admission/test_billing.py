@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from fractions import Fraction
-from importlib import resources
 
 import pytest
-import yaml
 
-from permed_compute.admission.billing import HOUR_MS, Ask, Charge, period_of, site_facts, standing, tariff
+from permed_compute.admission.billing import HOUR_MS, Ask, Charge, period_of, standing, tariff
 from permed_compute.errors import NotFoundError
 
 GIB = 1024
@@ -104,34 +102,4 @@ def test_unknown_site_and_partition_say_what_there_is() -> None:
     with pytest.raises(NotFoundError, match="a100"):
         tariff("saga", "gpu")
     with pytest.raises(NotFoundError):
-        site_facts("../../etc")
-
-
-@pytest.mark.parametrize("site", ["saga", "betzy", "olivia", "lumi", "tsd", "huntcloud", "safe"])
-def test_every_fact_names_a_source_with_a_date(site: str) -> None:
-    facts = site_facts(site)
-    assert all(source["page"] and source["checked"] for source in facts["sources"].values())
-    named = list(_named_sources({key: value for key, value in facts.items() if key != "sources"}))
-    assert named
-    assert set(named) <= set(facts["sources"])
-    for partition in (facts.get("partitions") or {}).values():
-        assert partition["source"]
-
-
-def _named_sources(value: object) -> list[str]:
-    if isinstance(value, dict):
-        own = [value["source"]] if "source" in value else []
-        return own + [name for inner in value.values() for name in _named_sources(inner)]
-    if isinstance(value, list):
-        return [name for inner in value for name in _named_sources(inner)]
-    return []
-
-
-def test_site_files_ship_and_parse() -> None:
-    folder = resources.files("permed_compute.cluster") / "sites"
-    names = {file.name for file in folder.iterdir() if file.name.endswith(".yaml")}
-    assert {"saga.yaml", "betzy.yaml", "olivia.yaml", "lumi.yaml", "tsd.yaml", "huntcloud.yaml", "safe.yaml"} <= names
-    for name in names:
-        text = (folder / name).read_text(encoding="utf-8")
-        assert text.startswith("# ")  # the catalogue's title
-        assert yaml.safe_load(text)["name"] == name.removesuffix(".yaml")
+        tariff("../../etc")

@@ -75,10 +75,12 @@ class Params:
         """The parameters', else the site's."""
         files, gib = self.max_files, self.max_gib
         if self.site:
-            from permed_compute.settings import project_quota
+            from permed_compute.sites.profile import load
 
-            quota = project_quota(self.site)
-            files, gib = files or quota.get("files", 0), gib or quota.get("gib", 0)
+            storage = load(self.site).storage
+            room = storage.project if storage is not None else None
+            if room is not None:
+                files, gib = files or room.files or 0, gib or room.gib or 0
         return budget.Budget(files, int(gib * _GIB))
 
 
