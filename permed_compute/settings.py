@@ -29,6 +29,8 @@ class Settings:
     home: str = _setting("", "folder of everything durable; default ~/.permed")
     preset: str = _setting("cpu", "defaults to start from: a name in configs/")
     site: str = _setting("", "site profile: a name in cluster/sites/")
+    site_account: str = _setting("", "who pays at the site, e.g. nn9999k; default the last part of the job's account")
+    site_image: str = _setting("", "container image at the site that jobs run in")
     queue_url: str = _setting("", "SQLAlchemy URL, e.g. postgresql+psycopg://…; default SQLite in the home")
     anchor: str = _setting("", "folder outside the home for the audit key and anchor; default ~/.local/state/permed")
     executor: str = _setting("ray", "ray or inprocess")

@@ -28,6 +28,7 @@ from permed_compute.cli import (
     report,
     results,
     simulate,
+    site,
     status,
     submit,
     top,
@@ -40,6 +41,7 @@ from permed_compute.cli import (
 from permed_compute.cli.exits import Exit, epilog, of_error
 from permed_compute.cli.session import Session, show_error
 from permed_compute.errors import PermedError
+from permed_compute.offline import silenced
 
 _GLOBAL_FLAGS = {"--json"}
 _GLOBAL_OPTIONS = {"--home", "--executor", "--preset", "--site"}
@@ -67,6 +69,7 @@ app.add_typer(report.app, name="report")
 app.add_typer(audit.app, name="audit")
 app.add_typer(frequency.app, name="frequency")
 app.add_typer(radiology.app, name="radiology")
+app.add_typer(site.app, name="site")
 if find_spec("permed_compute.cli.bench") is not None:
     from permed_compute.cli import bench
 
@@ -90,18 +93,19 @@ def _globals(
     ] = False,
     executor: Annotated[str | None, typer.Option(help="`ray` or `inprocess` (for debuggers and tests).")] = None,
     preset: Annotated[str | None, typer.Option(help="Defaults to start from: `permed catalog presets`.")] = None,
-    site: Annotated[str | None, typer.Option(help="Site profile: `permed catalog sites`.")] = None,
+    at: Annotated[str | None, typer.Option("--site", help="Site profile: `permed site list`.")] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
     ] = False,
 ) -> None:
-    ctx.obj = Session(as_json, {"home": home, "executor": executor, "preset": preset, "site": site})
+    ctx.obj = Session(as_json, {"home": home, "executor": executor, "preset": preset, "site": at})
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """One command. Our own errors become words and a code; only PERMED_DEBUG shows tracebacks."""
     args = global_options_first(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in args
+    os.environ.update(silenced(os.environ))
     try:
         code = app(args, prog_name="permed", standalone_mode=False)
         sys.stdout.flush()

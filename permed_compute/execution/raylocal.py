@@ -22,6 +22,7 @@ from permed_compute.admission.snapshot import Node
 from permed_compute.errors import EngineError
 from permed_compute.execution import processes, raykeeper
 from permed_compute.execution.processes import SESSION_MARK, Process
+from permed_compute.offline import silenced
 from permed_compute.paths import read_json, write_json
 
 _START_TIMEOUT_S = 90
@@ -33,7 +34,6 @@ _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     # Without it Ray puts the host's address where we say 127.0.0.1, and listens on every interface (measured, 2.60).
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
     # Its metrics' ports ask nobody for a token (measured, 2.60); the head's is closed by a number that is no port.
     "RAY_enable_metrics_collection": "0",
     "DASHBOARD_METRIC_PORT": "-1",
@@ -134,7 +134,8 @@ class LocalRay:
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PERMED_"))
         }  # fmt: skip
-        return inherited | _ENVIRONMENT | {"RAY_AUTH_TOKEN_PATH": str(self.token), SESSION_MARK: str(self._runtime)}
+        ours = {"RAY_AUTH_TOKEN_PATH": str(self.token), SESSION_MARK: str(self._runtime)}
+        return silenced(inherited) | _ENVIRONMENT | ours
 
     def _start_keeper(self) -> None:
         words = [str(self._runtime), str(self._record), str(self._lonely_s)]

@@ -44,15 +44,29 @@ def refusals(request: Request) -> list[Refusal]:
     return [refusal for rule in RULES for refusal in rule(request)]
 
 
+def doubts(request: Request) -> list[str]:
+    """What the judgement rests on that no page confirms, and what could not be judged."""
+    site = request.site
+    said = []
+    if site.scheduler.kind == "none":
+        said.append("No scheduler takes jobs there: `permed run` on the machine itself.")
+    if request.data_class is None:
+        said.append("The script does not say what class its data are: not judged.")
+    if request.image and not request.arch:
+        said.append("The image is not on this machine, or is no SIF: its architecture is not judged.")
+    used: list[tuple[str, Block | None]] = [
+        ("data", site.data), ("account", site.account), (f"partition {request.partition}", request.room),
+        (f"qos {request.qos}", request.service), ("scheduler", site.scheduler),
+    ]  # fmt: skip
+    for name, block in used:
+        if block is not None and not site.is_verified(block):
+            said.append(f"Not verified, {name}: {site.sources[block.source].page}.")
+    return said
+
+
 def _refuse(request: Request, rule: str, block: Block, sentence: str, remedy: str) -> Refusal:
     site = request.site
     return Refusal(rule, f"{site.name}: {sentence}", remedy, site.cited(block), site.is_verified(block))
-
-
-def scheduler(request: Request) -> Iterator[Refusal]:
-    facts = request.site.scheduler
-    if facts.kind == "none":
-        yield _refuse(request, "SCHEDULER", facts, "no scheduler takes jobs there.", "Use `permed run` on the machine.")
 
 
 def account(request: Request) -> Iterator[Refusal]:
@@ -231,6 +245,6 @@ def _is_identity_number(digits: str) -> bool:
 
 
 RULES: tuple[Callable[[Request], Iterator[Refusal]], ...] = (
-    scheduler, account, partition, arch, container, memory_option, time_limit, units, nodes, gpus, node_size,
+    account, partition, arch, container, memory_option, time_limit, units, nodes, gpus, node_size,
     data_class, identifiers,
 )  # fmt: skip

@@ -266,10 +266,10 @@ class Access(Block):
 
 
 class Kubernetes(Block):
-    """Where RayJobs go. Names of the cluster's own: `queue` is Kueue's local queue, '' where there is none."""
+    """Where RayJobs go. claim: the volume claim with PERMED_HOME. queue: Kueue's local queue, if there is one."""
 
     namespace: str
-    image: str
+    claim: str
     queue: str = ""
     gpu_resource: str = "nvidia.com/gpu"
     ray_version: str

@@ -23,7 +23,7 @@ def sbatch(
     *,
     job_name: str = "",
     output: PurePath | str = "",
-    signal_s: int = 120,
+    signal: str = "TERM@120",
     requeue: bool = True,
     array: str = "",
     dependency: str = "",
@@ -33,13 +33,16 @@ def sbatch(
 ) -> str:
     """The script for `sbatch`. Judge the request first (`check.require`).
 
-    command: what runs, once, on the first node, as the batch shell's successor (`exec`): SIGUSR1 comes to it `signal_s`
-    seconds before the time limit (`--signal=B:`), and SIGTERM when the job is preempted. Further nodes are reached by
-    the site's launcher from there; `in_container(request, …)` puts any command into the request's image.
+    command: what runs, once, on the first node, as the batch shell's successor (`exec`), so that signals reach it.
+    Further nodes are reached by the site's launcher from there; `in_container` puts any command into the image.
+    signal: what comes so many seconds before the time limit (`--signal=B:`), by default what `permed run` stops on,
+    checkpoint kept; '' for none. Preemption sends SIGTERM in any case.
     output: the log, with Slurm's `%` patterns. array, dependency: Slurm's own words for them.
     stage_in, stage_out: (from, to), where the site's scheduler copies files. Raises `SpecError`.
     """
     facts = request.room
+    if request.site.scheduler.kind != "slurm":
+        raise SpecError("site", [Problem(request.site.name, "has no Slurm", remedy="Use `permed run` on the machine.")])
     lines = [f"--job-name={job_name or request.name}", f"--account={request.account}"]
     lines += [f"--partition={request.partition}"] if request.partition else []
     lines += [f"--qos={request.qos}"] if request.qos else []
@@ -51,7 +54,7 @@ def sbatch(
         lines.append(f"--mem={request.memory}M")
     lines += [f"--gpus-per-node={request.gpus}"] if request.gpus else []
     lines += ["--exclusive"] if facts is not None and facts.whole_node else []
-    lines += [f"--signal=B:USR1@{signal_s}"] if signal_s else []
+    lines += [f"--signal=B:{signal}"] if signal else []
     lines += ["--requeue" if requeue else "--no-requeue", "--open-mode=append"]
     lines += [f"--output={output}"] if output else []
     lines += [f"--array={array}"] if array else []

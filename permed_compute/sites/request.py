@@ -88,7 +88,7 @@ def of(spec: JobSpec, site: Profile, choice: Choice | None = None) -> Request:
     partition = choice.partition or _partition(spec, site)
     facts = site.partitions.get(partition)
     node = _node(spec, facts)
-    fits = _fits(spec, node)
+    fits = 1 if site.scheduler.kind == "kuberay" else _fits(spec, node)  # a pod holds one worker
     workers = need.workers.max
     nodes = math.ceil(workers / fits)
     each = math.ceil(workers / nodes)

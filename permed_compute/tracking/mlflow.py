@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from permed_compute.errors import EngineError, PermedError
+from permed_compute.offline import NO_TELEMETRY
 from permed_compute.paths import HomePaths
 from permed_compute.tracking.port import RecordRefusedError, RunRecord
 
@@ -41,7 +42,6 @@ _PATIENCE = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
-_NO_TELEMETRY = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 
 
 def embedded(home: HomePaths) -> MlflowTracker:
@@ -228,7 +228,7 @@ def _environment() -> Iterator[None]:
     """mlflow reads its settings from the environment at each call: ours hold inside the block only, so that no process
     started elsewhere inherits them. Telemetry stays off for good (mlflow's thread for it starts at import)."""
     with _ENVIRONMENT:
-        os.environ.update(_NO_TELEMETRY)
+        os.environ.update(NO_TELEMETRY)
         ours = {name: value for name, value in _PATIENCE.items() if name not in os.environ}
         os.environ.update(ours)
         try:
