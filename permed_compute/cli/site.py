@@ -171,7 +171,7 @@ def render(
         made = kuberay.render(jobfile.load(job, sets, inputs), request)
         text, validated = made.text, made.validated
     else:
-        text, validated = render.sbatch(request, _command(job), output="%x-%j.log"), ""
+        text, validated = render.sbatch(request, _command(job), output="%x-%j.log", signal="TERM"), ""
     if session.as_json:
         session.answer({**_shape(request), "text": text, "validated": validated})
     else:

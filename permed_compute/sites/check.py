@@ -239,7 +239,9 @@ _WEIGHTS = ((3, 7, 6, 1, 8, 9, 4, 5, 2, 1), (5, 4, 3, 2, 7, 6, 5, 4, 3, 2, 1))
 def _is_identity_number(digits: str) -> bool:
     """By its day and month and both control digits (Skatteetaten: D +40 days; H +40, synthetic +65/+80 months)."""
     day, month = int(digits[:2]), int(digits[2:4])
-    if not 1 <= day % 40 <= 31 or not any(1 <= month - shift <= 12 for shift in (0, 40, 65, 80)):
+    if not any(1 <= day - shift <= 31 for shift in (0, 40)) or not any(
+        1 <= month - shift <= 12 for shift in (0, 40, 65, 80)
+    ):
         return False
     return all(sum(w * int(d) for w, d in zip(weights, digits, strict=False)) % 11 == 0 for weights in _WEIGHTS)
 

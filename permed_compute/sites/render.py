@@ -23,7 +23,8 @@ def sbatch(
     *,
     job_name: str = "",
     output: PurePath | str = "",
-    signal: str = "TERM@120",
+    signal: str = "USR1",
+    signal_s: int = 120,
     requeue: bool = True,
     array: str = "",
     dependency: str = "",
@@ -35,8 +36,7 @@ def sbatch(
 
     command: what runs, once, on the first node, as the batch shell's successor (`exec`), so that signals reach it.
     Further nodes are reached by the site's launcher from there; `in_container` puts any command into the image.
-    signal: what comes so many seconds before the time limit (`--signal=B:`), by default what `permed run` stops on,
-    checkpoint kept; '' for none. Preemption sends SIGTERM in any case.
+    signal: what comes `signal_s` seconds before the time limit (`--signal=B:`); preemption sends SIGTERM in any case.
     output: the log, with Slurm's `%` patterns. array, dependency: Slurm's own words for them.
     stage_in, stage_out: (from, to), where the site's scheduler copies files. Raises `SpecError`.
     """
@@ -54,7 +54,7 @@ def sbatch(
         lines.append(f"--mem={request.memory}M")
     lines += [f"--gpus-per-node={request.gpus}"] if request.gpus else []
     lines += ["--exclusive"] if facts is not None and facts.whole_node else []
-    lines += [f"--signal=B:{signal}"] if signal else []
+    lines += [f"--signal=B:{signal}@{signal_s}"] if signal_s else []
     lines += ["--requeue" if requeue else "--no-requeue", "--open-mode=append"]
     lines += [f"--output={output}"] if output else []
     lines += [f"--array={array}"] if array else []

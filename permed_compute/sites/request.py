@@ -102,7 +102,8 @@ def of(spec: JobSpec, site: Profile, choice: Choice | None = None) -> Request:
         math.floor(memory * 1024) if memory else need.memory * each,
         node.gpus if whole and node is not None else math.ceil(need.gpus * each),
         "" if option in ("none", "forbidden") else option, workers, each, choice.image, _arch(site, choice.image),
-        spec.data_class, (*(ref.path for ref in spec.inputs), spec.code, choice.image), choice.options,
+        spec.data_class, tuple(filter(None, (*(ref.path for ref in spec.inputs), spec.code, choice.image))),
+        choice.options,
         next((flavor for flavor in need.order if flavor not in ("cpu", "gpu")), ""),
     )  # fmt: skip
     if request.memory_option == "mem-per-cpu":
@@ -159,7 +160,7 @@ def _arch(site: Profile, image: str) -> str:
 
 
 # From SIF's specification: 32 bytes of launch script, then magic, version and architecture, each ended by a zero.
-_SIF_ARCH = {b"01": "i386", b"02": "x86_64", b"03": "arm", b"04": "aarch64", b"09": "ppc64le"}
+_SIF_ARCH = {b"01": "i386", b"02": "x86_64", b"03": "arm", b"04": "aarch64", b"06": "ppc64le"}
 
 
 def image_arch(image: Path) -> str:
