@@ -168,8 +168,8 @@ class JobService:
     def top(self) -> Standing:
         """Who uses what, who waits for what, and what starts when: the decision that would be taken now, as a table."""
         now = self.clock()
-        snapshot, policy, _ = self._seen().see(now, self._nodes())
-        return standing(snapshot, policy, decide(snapshot, policy, now), now)
+        snapshot, policy, jobs = self._seen().see(now, self._nodes())
+        return standing(snapshot, policy, decide(snapshot, policy, now), now, jobs)
 
     def preempt(self, job_id: str) -> Job:
         """Stop a running job with its checkpoint and queue it again: an operator's hand on the scale."""

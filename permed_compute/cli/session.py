@@ -69,6 +69,11 @@ class Session:
             else:
                 self.out.print(item)
 
+    def line(self, value: Any) -> None:
+        """One of many answers, as a line of JSON."""
+        sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+        sys.stdout.flush()
+
     def note(self, sentence: str) -> None:
         """A remark beside the answer, for people only; shown as it is."""
         if not self.as_json:

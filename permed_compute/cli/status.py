@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from permed_compute.cli import words
+from permed_compute.cli import live, words
 from permed_compute.cli.session import Session
 from permed_compute.paths import read_json
 from permed_compute.states import ENDED, LIVE, JobState
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from permed_compute.queue.port import Job
 
 _PARTS_SHOWN = 30
+_OVER = ENDED | {JobState.HELD}
 
 
 def add_to(app: typer.Typer) -> None:
@@ -27,47 +29,47 @@ def status(
     ctx: typer.Context,
     job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="Job id; without one, the overview.")] = None,
     every_part: Annotated[bool, typer.Option("--parts", help="Show every part, not only the first 30.")] = False,
-) -> None:
-    """Show what runs, what is reserved and what is free; or one job with its parts and history.
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again every 2 s: until Ctrl-C, or until the job"
+                                                             " has ended.")] = False,
+) -> None:  # fmt: skip
+    """Show what runs and what it uses, what is reserved and what is free; or one job with its parts and history.
 
-    Example: permed status 01k9
+    Example: permed status -w 01k9
     """
     session = Session.of(ctx)
-    with session.client() as client:
+
+    def look() -> dict[str, Any]:
+        with session.client() as client:  # anew each time: a home without a controller stays free for one
+            return _overview(client) if job is None else _one(client, client.service.job(job))
+
+    def show(console: Any, value: dict[str, Any]) -> None:
         if job is None:
-            value = _overview(client)
-            session.answer(value, lambda console: _show_overview(console, value))
+            _show_overview(console, value)
         else:
-            value = _one(client, client.service.job(job))
-            session.answer(value, lambda console: _show_one(console, value, every_part))
+            _show_one(console, value, every_part)
+
+    if watch:
+        live.watch(session, look, show, lambda value: job is not None and JobState(value["state"]) in _OVER)
+    else:
+        value = look()
+        session.answer(value, lambda console: show(console, value))
 
 
 def _overview(client: Client) -> dict[str, Any]:
-    from permed_compute.admission.snapshot import grants_of
-    from permed_compute.execution.device import local_node
-
-    jobs = client.service.jobs(states=set(JobState) - ENDED)
-    grants = [(job, grant) for job in jobs if job.state in LIVE for grant in grants_of(job)]
-    nodes = []
-    for node in (local_node(client.settings),):
-        here = [grant for _, grant in grants if grant.node == node.name]
-        shares = Counter({gpu.index: 0 for gpu in node.gpus})
-        for grant in here:
-            shares.update({index: min(1000, grant.gpu_milli) for index in grant.devices})
-        nodes.append({
-            "node": node.name, "cpus": node.cpu_milli / 1000, "cpus_reserved": sum(g.cpu_milli for g in here) / 1000,
-            "memory_mib": node.memory, "memory_reserved_mib": sum(g.memory for g in here),
-            "gpus": [{"index": gpu.index, "flavor": gpu.flavor, "memory_mib": gpu.memory,
-                      "reserved": shares[gpu.index] / 1000} for gpu in node.gpus],
-        })  # fmt: skip
+    standing = client.service.top()
+    states = Counter(row["state"] for row in standing.live)
+    states["QUEUED"] = sum(count for row in standing.accounts for count in row["waiting"].values())
+    states["HELD"] = len(client.service.jobs(states={JobState.HELD}))
     return {
         "home": str(client.home.root), "executor": client.settings.executor,
         "controller": "none" if client.embedded else "running",
-        "nodes": nodes, "states": dict(Counter(job.state.value for job in jobs)),
-        "live": [{"job": job.id, "name": job.spec.name, "state": job.state.value, "account": job.spec.account,
-                  "started_at": job.started_at, "workers": len(grants_of(job)),
-                  "cpus": sum(g.cpu_milli for g in grants_of(job)) / 1000} for job in jobs if job.state in LIVE],
+        "nodes": standing.nodes, "states": {state: count for state, count in states.items() if count},
+        "live": live.with_use(client.home, standing.live, _now()),
     }  # fmt: skip
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
 def _show_overview(console: Any, value: dict[str, Any]) -> None:
@@ -81,12 +83,7 @@ def _show_overview(console: Any, value: dict[str, Any]) -> None:
         memory = f"{words.size(node['memory_reserved_mib'] * 2**20)} of {words.size(node['memory_mib'] * 2**20)}"
         table.add_row(node["node"], f"{node['cpus_reserved']:g} of {node['cpus']:g}", memory, gpus)
     console.print(table)
-    if value["live"]:
-        live = words.table("JOB", "NAME", "STATE", "WORKERS", "CPU", "RUNS SINCE")
-        for row in value["live"]:
-            live.add_row(row["job"], row["name"], row["state"], str(row["workers"]), f"{row['cpus']:g}",
-                         words.ago(row["started_at"]))  # fmt: skip
-        console.print(live)
+    live.show(console, value["live"], _now())
     console.print(words.counts(value["states"]) or "nothing waits or runs")
 
 
@@ -99,7 +96,10 @@ def _one(client: Client, job: Job) -> dict[str, Any]:
     parts = result["parts"] if result else list(follower.parts.values())
     said = client.service.why(job.id)
     events = client.service.events(job_id=job.id)
+    standing = client.service.top().live if job.state in LIVE else []
+    running = live.with_use(client.home, [row for row in standing if row["job"] == job.id], _now())
     return words.job_row(job) | {
+        "live": running[0] if running else None,
         "why": said.as_dict(),
         "parts": [{name: part[name] for name in ("name", "state", "seconds", "reason", "slot") if name in part}
                   for part in parts],
@@ -124,6 +124,7 @@ def _show_one(console: Any, value: dict[str, Any], every_part: bool) -> None:
         ("holds", ", ".join(f"{g['cpu_milli'] / 1000:g} CPU on {g['node']} ({g['flavor']})" for g in grants)),
         ("results", value["results"]),
     ]))  # fmt: skip
+    live.show(console, [value["live"]] if value["live"] else [], _now())
     parts = value["parts"] if every_part else value["parts"][:_PARTS_SHOWN]
     if parts:
         table = words.table("PART", "STATE", "SECONDS", "REASON")

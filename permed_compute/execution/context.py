@@ -25,6 +25,7 @@ from permed_compute.storage.digests import DigestCache
 
 Emit = Callable[..., None]
 _STOP_LOOK_S = 0.2
+_PROGRESS_S = 2.0
 
 
 @dataclass(slots=True)
@@ -56,6 +57,7 @@ class WorkerContext:
     get: Callable[..., Any] | None = None
     _stop: bool = False
     _looked: float = field(default=0.0)
+    _told: float = -1e9
     _saved: int = 0
     _saving: Future[Path] | None = None
 
@@ -79,6 +81,12 @@ class WorkerContext:
 
     def log_metric(self, name: str, value: float, step: int | None = None) -> None:
         self.emit("metric", name=name, value=float(value), step=step or 0)
+
+    def progress(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.rank == 0 and (now - self._told > _PROGRESS_S or done >= total):
+            self._told = now
+            self.emit("progress", done=done, total=total)
 
     def log_artifact(self, path: Path, name: str = "") -> None:
         target = self.out / (name or path.name)

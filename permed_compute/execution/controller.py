@@ -14,16 +14,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from permed_compute.admission.commit import clean, moves_of, stopping_instead
 from permed_compute.admission.decide import decide
+from permed_compute.admission.demand import demand
 from permed_compute.admission.fold import Picture, node_row
 from permed_compute.admission.snapshot import Node, Plan, Policy, grants_of, open_questions
 from permed_compute.errors import EngineError, LeaseLostError, PermedError, StaleError
 from permed_compute.execution import failure, records
 from permed_compute.execution.context import raise_fence
-from permed_compute.execution.port import Attempt, Executor, Liveness
+from permed_compute.execution.port import Attempt, Executor, Liveness, Scaling
 from permed_compute.paths import HomePaths, read_json, write_json
 from permed_compute.queue.port import Clock, Job, Lease, Move, Queue, wall_clock
 from permed_compute.settings import Settings
@@ -172,6 +174,8 @@ class Controller:
         self._note_nodes()
         snapshot, self.policy, jobs = self._seen().see(now)
         plan = stopping_instead(decide(snapshot, self.policy, now)) if open_questions(snapshot) else Plan("")
+        if isinstance(self.executor, Scaling):
+            self.executor.want(partial(demand, snapshot, self.policy, plan, now))
         if not (plan.admissions or plan.preemptions or plan.promises):
             due = [job.not_before for job in snapshot.waiting if job.not_before > now]
             due += [job.deadline for job in snapshot.waiting if job.deadline > now]

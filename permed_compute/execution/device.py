@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from permed_compute.admission.snapshot import Gpu, Node
 from permed_compute.settings import Settings
@@ -41,21 +44,40 @@ def visible(devices: tuple[int, ...]) -> str:
 
 def gpu_devices() -> list[Device]:
     """GPUs in NVML's order, each MIG slice as a device of its own; empty where there is no driver or no binding."""
+    with _handles() as handles:
+        return [_named(handle) for handle in handles]
+
+
+def use_of(devices: Collection[int]) -> list[dict[str, int | None]]:
+    """Percent of the last second in which a kernel ran (`busy`; None: NVML does not say it of MIG slices), and MiB in
+    use (`mib`), by whomever, of the devices of a grant."""
+    if not devices:
+        return []
+    with _handles() as handles:
+        return [_use(handle) for index, handle in enumerate(handles) if index in devices]
+
+
+@contextmanager
+def _handles() -> Iterator[list[Any]]:
+    """NVML's handles of all devices; none where there is no driver or no binding."""
     try:
         import pynvml
     except ImportError:
-        return []
+        yield []
+        return
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return []
+        yield []
+        return
     try:
-        return [device for index in range(pynvml.nvmlDeviceGetCount()) for device in _of_gpu(pynvml, index)]
+        yield [handle for index in range(pynvml.nvmlDeviceGetCount()) for handle in _of_gpu(index)]
     finally:
         pynvml.nvmlShutdown()
 
 
-def _of_gpu(nvml: object, index: int) -> list[Device]:
+def _of_gpu(index: int) -> list[Any]:
+    """The GPU, or its slices where it is cut into them."""
     import pynvml
 
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
@@ -63,22 +85,34 @@ def _of_gpu(nvml: object, index: int) -> list[Device]:
         mig = pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
     except pynvml.NVMLError:
         mig = False
-    handles = [handle]
-    if mig:
-        handles = []
-        for place in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
-            try:
-                handles.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place))
-            except pynvml.NVMLError:
-                continue
-    return [
-        Device(
-            flavor_of(_text(pynvml.nvmlDeviceGetName(each))),
-            _text(pynvml.nvmlDeviceGetUUID(each)),
-            pynvml.nvmlDeviceGetMemoryInfo(each).total // 2**20,
-        )
-        for each in handles
-    ]
+    if not mig:
+        return [handle]
+    handles = []
+    for place in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        try:
+            handles.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place))
+        except pynvml.NVMLError:
+            continue
+    return handles
+
+
+def _named(handle: Any) -> Device:
+    import pynvml
+
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total // 2**20
+    return Device(
+        flavor_of(_text(pynvml.nvmlDeviceGetName(handle))), _text(pynvml.nvmlDeviceGetUUID(handle)), memory
+    )  # fmt: skip
+
+
+def _use(handle: Any) -> dict[str, int | None]:
+    import pynvml
+
+    try:
+        busy = int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+    except pynvml.NVMLError:
+        busy = None
+    return {"busy": busy, "mib": pynvml.nvmlDeviceGetMemoryInfo(handle).used // 2**20}
 
 
 def flavor_of(name: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 from permed_compute.errors import Finding, PermedError, StaleError, WorkloadError
 from permed_compute.execution import failure, results
 from permed_compute.execution.context import WorkerContext
+from permed_compute.execution.live import Far, Meter, steps_of
 from permed_compute.execution.port import Attempt
 from permed_compute.execution.records import Records
 from permed_compute.execution.worker import Crew, Row, WorkerLost, make_context, part_row, result_of
@@ -104,6 +105,8 @@ class _Drive:
     metrics: list[Row] = field(default_factory=list)
     part_rows: dict[str, Row] = field(default_factory=dict)
     began: float = field(default_factory=time.time)
+    planned: int = 0
+    computed: int = 0
 
     def run(self) -> Row:
         found = registry.find(self.attempt.spec)
@@ -120,9 +123,11 @@ class _Drive:
         crew = self.make_crew(self.attempt)
         try:
             if isinstance(found.workload, Map):
-                result, model = self._map(found, found.workload, ctx, crew)
+                with Meter(self.records, crew.use, self._far):
+                    result, model = self._map(found, found.workload, ctx, crew)
             else:
-                result, model = self._gang(found.workload, ctx, crew), ""
+                with Meter(self.records, crew.use, lambda: steps_of(self.attempt.paths)):
+                    result, model = self._gang(found.workload, ctx, crew), ""
             used = crew.facts()
         finally:
             crew.close()
@@ -134,6 +139,9 @@ class _Drive:
             metrics=self.metrics, stages=self.stages, used=used, engine=self.engine, version=found.version,
             code_digest=found.code_digest, model_digest=model, began=self.began,
         )  # fmt: skip
+
+    def _far(self) -> Far:
+        return Far(len(self.part_rows), self.planned, self.computed)
 
     def _ledger(self) -> Ledger:
         return Ledger(HomePaths(self.attempt.home).ledger, self.attempt.spec.scope())
@@ -177,7 +185,7 @@ class _Drive:
     ) -> list[DonePart]:
         ledger = self._ledger()
         waiting: deque[_Task] = deque()
-        self.part_rows = {}
+        self.part_rows, self.planned = {}, len(parts)
         keys: dict[str, str] = {}
         for part in parts:
             key = part_key(
@@ -221,6 +229,7 @@ class _Drive:
         for record in row.pop("records", ()):
             self._fold(**record)
         self.part_rows[row["name"]] = row
+        self.computed += not row.get("reused", False)
         told = ("name", "key", "state", "seconds", "slot", "started", "first", "code", "reason", "remedy")
         self.records.write("part", **{name: row[name] for name in told if name in row})
 

@@ -7,6 +7,7 @@ controller (which finds it GONE afterwards and launches again). A gang of severa
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from permed_compute.admission.snapshot import Node
+from permed_compute.execution import processes
 from permed_compute.execution.device import local_node
 from permed_compute.execution.driver import drive
 from permed_compute.execution.gang import TERMINATION
@@ -110,6 +112,9 @@ class _Threads:
     def facts(self) -> Mapping[str, Any]:
         return {}  # the members' memory and time are this process's, which the driver counts itself
 
+    def use(self) -> Mapping[str, Any]:
+        return processes.use_of([os.getpid()])
+
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -147,6 +152,9 @@ class _Processes:
 
     def facts(self) -> Mapping[str, Any]:
         return self._facts
+
+    def use(self) -> Mapping[str, Any]:
+        return processes.use_of(list(self._pool._processes or {}))
 
     def close(self) -> None:
         for process in list((self._pool._processes or {}).values()):

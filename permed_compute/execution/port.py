@@ -7,12 +7,13 @@ says of its liveness. An engine that cannot be asked answers UNKNOWN, and the re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from permed_compute.admission.demand import Demand
 from permed_compute.admission.snapshot import Grant, Node
 from permed_compute.paths import AttemptPaths, read_json, write_json
 from permed_compute.spec import JobSpec, from_json
@@ -98,4 +99,13 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Leave nothing running that this executor started and nobody needs any more."""
+        ...
+
+
+@runtime_checkable
+class Scaling(Protocol):
+    """An executor whose engine can get more nodes, and give them back."""
+
+    def want(self, demand: Callable[[], Demand]) -> None:
+        """There should be nodes for this. Returns soon; what cannot be said now is said by a later call."""
         ...

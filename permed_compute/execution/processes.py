@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ATTEMPT_MARK = "PERMED_ATTEMPT"
 """`<attempt name>/<slot>`, slot a number or `driver`."""
@@ -189,6 +190,12 @@ def pin(pid: int, cores: Collection[int]) -> None:
                 os.sched_setaffinity(int(thread), wanted)
         except OSError:
             continue
+
+
+def use_of(pids: Iterable[int]) -> Mapping[str, Any]:
+    """CPU seconds so far (`cpu_s`, waited-for children included) and resident memory now (`rss_mib`)."""
+    found = [process for pid in pids if (process := read(pid)) is not None]
+    return {"cpu_s": sum(p.cpu_s + p.children_cpu_s for p in found), "rss_mib": resident_mib(found)}
 
 
 def resident_mib(processes: Iterable[Process]) -> int:

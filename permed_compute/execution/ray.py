@@ -15,9 +15,11 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from permed_compute.admission.demand import Demand, Shape, spread
 from permed_compute.admission.snapshot import Gpu, Grant, Node
 from permed_compute.errors import EngineError
 from permed_compute.execution import cores, processes, raykeeper
@@ -37,6 +39,7 @@ _ASK_S = 3.0
 _LAUNCH_S = 30.0
 _GIVE_UP_S = 20.0
 """A connection without a word for so long is taken for dead: the next question makes a new one."""
+_WANT_AGAIN_S = 10.0
 _PREFIX = "permed-"
 _GPU_FLAVOR, _GPU_MEMORY = "permed-gpu-flavor", "permed-gpu-memory"
 _MIB = 2**20
@@ -61,6 +64,8 @@ class RayExecutor:
         self._bridge: Bridge | None = None
         self._there: tuple[Node, ...] = ()
         self._here: int | None = None
+        self._wanted: Demand | None = None
+        self._want_again = 0.0
 
     # ------------------------------------------------------------------------------------- the port
 
@@ -68,8 +73,8 @@ class RayExecutor:
         """This machine, without asking Ray; or what the cluster at the given address has."""
         if self._local is not None:
             return (self._node,)
-        try:
-            self._there = tuple(_node(row) for row in self._ask("nodes", _LAUNCH_S))
+        try:  # known ones do not keep the controller waiting for a head that is gone
+            self._there = tuple(_node(row) for row in self._ask("nodes", _ASK_S if self._there else _LAUNCH_S))
         except BridgeError:  # a head that does not answer has taken no node away
             if not self._there:
                 raise
@@ -117,6 +122,19 @@ class RayExecutor:
 
     def end(self, attempt: Attempt) -> bool:
         return self._end(attempt.name)
+
+    def want(self, demand: Callable[[], Demand]) -> None:
+        """Of a Ray that is given: its autoscaler, where the site runs one, gets nodes for this, and lets others go."""
+        if self._local is not None or time.monotonic() < self._want_again or (wanted := demand()) == self._wanted:
+            return
+        shapes = list(spread(wanted))
+        selectors = [{_GPU_FLAVOR: shape.flavor} if shape.flavor else {} for shape in shapes]
+        try:
+            self._ask("want", _ASK_S, bundles=[_bundle(shape) for shape in shapes], selectors=selectors)
+            self._wanted = wanted
+        except EngineError as error:
+            self._want_again = time.monotonic() + _WANT_AGAIN_S
+            log.info("what waits was not told to Ray's autoscaler: %s", error.message)
 
     def sweep(self, keep: Iterable[Attempt]) -> list[str]:
         kept = {attempt.name for attempt in keep}
@@ -237,6 +255,7 @@ class RayExecutor:
         if self._bridge is not None:
             self._bridge.close()
             self._bridge = None
+        self._wanted = None  # another head knows nothing of it
 
     def _ask(self, call: str, timeout_s: float, **arguments: Any) -> Any:
         bridge = self._bridge or self._connected(self._where())
@@ -248,11 +267,11 @@ class RayExecutor:
             raise
 
 
-def _bundle(grant: Grant) -> dict[str, float]:
+def _bundle(worker: Grant | Shape) -> dict[str, float]:
     """What Ray is to count for one worker."""
-    bundle = {"CPU": grant.cpu_milli / 1000, "memory": float(grant.memory * _MIB)}
-    if grant.gpu_milli:
-        bundle["GPU"] = grant.gpu_milli / 1000
+    bundle = {"CPU": worker.cpu_milli / 1000, "memory": float(worker.memory * _MIB)}
+    if worker.gpu_milli:
+        bundle["GPU"] = worker.gpu_milli / 1000
     return bundle
 
 

@@ -181,6 +181,12 @@ class _Speaker:
             rows.append({"name": name, "id": identity, "resources": node["Resources"], "labels": labels})
         return rows
 
+    def want(self, bundles: list[Row], selectors: list[dict[str, str]]) -> None:
+        """The cluster's autoscaler is to have room for these, used or not; the last call counts."""
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=bundles, bundle_label_selectors=selectors or None)
+
     def version(self) -> str:
         return str(self.ray.__version__)
 

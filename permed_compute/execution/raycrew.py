@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from permed_compute.execution.cores import cores_file
 from permed_compute.execution.driver import drive
 from permed_compute.execution.gang import TERMINATION
 from permed_compute.execution.port import Attempt
-from permed_compute.execution.processes import ATTEMPT_MARK
+from permed_compute.execution.processes import ATTEMPT_MARK, ProcessTable
 from permed_compute.execution.records import last_sign
 from permed_compute.execution.watchdog import Watchdog
 from permed_compute.execution.worker import Member, Row, WorkerLost
@@ -81,11 +82,19 @@ class MemberActor:
             TERMINATION.listen()
         address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._member = Member(root, slot, isolated=True, dask_get=_dask_get(cpus), gpu_env=gpus, address=address)
+        self._table = ProcessTable()
         threading.Thread(target=_end_when_orphaned, args=(paths.root,), name="permed-orphan", daemon=True).start()
 
     def call(self, name: str, row: Row) -> Row:
         answer: Row = getattr(self._member, name)(row)
         return answer
+
+    def use(self) -> Row:
+        """What this worker uses on its node, for drivers on another."""
+        member = self._member
+        found = processes.of_attempt(member.attempt.name, self._table.look()).get(str(member.slot), [])
+        gpus = device.use_of(member.attempt.grants[member.slot].devices)
+        return {**processes.use_of([process.pid for process in found]), "gpus": gpus}
 
 
 class RayCrew:
@@ -99,6 +108,9 @@ class RayCrew:
             attempt.name, [grant.memory for grant in attempt.grants], _cores(attempt.paths), self._driver_over
         )
         self._members = [self._hired(slot) for slot in range(self.size)]
+        here = attempt.grants[0].node  # the driver stands in the first bundle
+        self._devices = {index for grant in attempt.grants if grant.node == here for index in grant.devices}
+        self._elsewhere: dict[int, Row] = {slot: {} for slot, grant in enumerate(attempt.grants) if grant.node != here}
         self._watchdog.start()
 
     def start(self, slot: int, call: str, row: Row) -> Future[Row]:
@@ -115,6 +127,20 @@ class RayCrew:
 
     def facts(self) -> Mapping[str, Any]:
         return self._watchdog.facts()
+
+    def use(self) -> Mapping[str, Any]:
+        """Of workers on other nodes: what they said when asked last, so that a silent one keeps nobody waiting."""
+        rows = [*self._elsewhere.values(), {**self._watchdog.use(), "gpus": device.use_of(self._devices)}]
+        for slot in self._elsewhere:
+            self._members[slot].use.remote().future().add_done_callback(partial(self._told, slot))
+        return {
+            "cpu_s": sum(row.get("cpu_s", 0.0) for row in rows), "rss_mib": sum(row.get("rss_mib", 0) for row in rows),
+            "gpus": [gpu for row in rows for gpu in row.get("gpus", ())],
+        }  # fmt: skip
+
+    def _told(self, slot: int, done: Future[Row]) -> None:
+        if done.exception() is None:
+            self._elsewhere[slot] = done.result()
 
     def close(self) -> None:
         self._watchdog.look()

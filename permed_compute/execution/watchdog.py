@@ -70,8 +70,12 @@ class Watchdog:
     def facts(self) -> Mapping[str, Any]:
         """Peak memory of all workers together (MiB) and their CPU seconds, without the driver's own process."""
         with self._lock:
-            cpu_s = self._ended_cpu_s + sum(p.cpu_s + p.children_cpu_s for p in self._seen.values())
-            return {"rss_peak_mib": self._peak_mib, "cpu_s": round(cpu_s, 2)}
+            return {"rss_peak_mib": self._peak_mib, "cpu_s": round(self._cpu_s(), 2)}
+
+    def use(self) -> Mapping[str, Any]:
+        """What all workers on this machine together use, as of the last round: see `live.Meter`."""
+        with self._lock:
+            return {"cpu_s": self._cpu_s(), "rss_mib": processes.resident_mib(self._seen.values())}
 
     def look(self) -> None:
         """One round: pin, count, and end whoever takes more memory than it was granted."""
@@ -86,6 +90,9 @@ class Watchdog:
             if slot != DRIVER:
                 held += min(self._granted[int(slot)], self._hold_to_memory(slot, found))
         self._hold_driver(slots.get(DRIVER, []), sum(self._granted) - held + DRIVER_MEMORY)
+
+    def _cpu_s(self) -> float:
+        return self._ended_cpu_s + sum(p.cpu_s + p.children_cpu_s for p in self._seen.values())
 
     def _slots(self) -> dict[str, list[Process]]:
         with self._lock:

@@ -61,6 +61,10 @@ class Crew(Protocol):
         """Peak resident memory (`rss_peak_mib`), CPU seconds (`cpu_s`) of all members so far; engine facts."""
         ...
 
+    def use(self) -> Mapping[str, Any]:
+        """What the members use now, for `live.Meter`. Cheap; from any thread."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -172,6 +172,7 @@ class _Training:
                 loss = self._step(batch)
                 self.at.batch, self.at.step = self.at.batch + 1, self.at.step + 1
                 self.at.sum += loss
+                self.ctx.progress(self.at.step, self.pace.epochs * self.order.batches)
                 if self.ctx.should_stop():
                     self._checkpoint(beside=False)
                     return None

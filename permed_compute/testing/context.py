@@ -49,6 +49,7 @@ class LocalContext:
         self.findings: list[Finding] = []
         self.metrics: list[tuple[str, float, int | None]] = []
         self.stages: dict[str, float] = {}
+        self.far = (0, 0)
         self.stop = False
 
     def digest(self, path: Path) -> str:
@@ -66,6 +67,9 @@ class LocalContext:
 
     def log_metric(self, name: str, value: float, step: int | None = None) -> None:
         self.metrics.append((name, value, step))
+
+    def progress(self, done: int, total: int) -> None:
+        self.far = (done, total)
 
     def log_artifact(self, path: Path, name: str = "") -> None:
         target = self.out / (name or path.name)

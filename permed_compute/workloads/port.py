@@ -111,6 +111,10 @@ class Context(Protocol):
 
     def log_metric(self, name: str, value: float, step: int | None = None) -> None: ...
 
+    def progress(self, done: int, total: int) -> None:
+        """Gang: how far the training is, in steps. `permed top` says from it how fast it goes and when it ends."""
+        ...
+
     def log_artifact(self, path: Path, name: str = "") -> None:
         """Copy a file into the results (`ctx.out`) and send it to tracking."""
         ...

@@ -41,13 +41,21 @@ def nvml(gpus: list[list[str]]) -> SimpleNamespace:
     def name(handle: tuple[int, ...]) -> str:
         return gpus[handle[0]][handle[1] if len(handle) > 1 else 0]
 
+    def rates(handle: tuple[int, ...]) -> SimpleNamespace:
+        if len(handle) > 1:
+            raise Error  # NVML does not say it of slices
+        return SimpleNamespace(gpu=93)
+
     return SimpleNamespace(
         NVMLError=Error, NVML_DEVICE_MIG_ENABLE=1, nvmlInit=lambda: None, nvmlShutdown=lambda: None,
         nvmlDeviceGetCount=lambda: len(gpus), nvmlDeviceGetHandleByIndex=lambda index: (index,),
         nvmlDeviceGetMigMode=mode, nvmlDeviceGetMaxMigDeviceCount=lambda handle: 7,
         nvmlDeviceGetMigDeviceHandleByIndex=of_mig, nvmlDeviceGetName=name,
         nvmlDeviceGetUUID=lambda handle: ("MIG-" if len(handle) > 1 else "GPU-") + "-".join(map(str, handle)),
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=(20480 if len(handle) > 1 else 40960) * 2**20),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(
+            total=(20480 if len(handle) > 1 else 40960) * 2**20, used=(1 + handle[-1]) * 2**20
+        ),
+        nvmlDeviceGetUtilizationRates=rates,
     )  # fmt: skip
 
 
@@ -59,6 +67,13 @@ def test_slices_are_devices_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
         Device("a100-mig-3g", "MIG-1-1", 20480), Device("a100-mig-3g", "MIG-1-2", 20480),
     ]  # fmt: skip
     assert device.visible((0, 2)) == "GPU-0,MIG-1-2"
+
+
+def test_what_granted_devices_are_doing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, sliced = "NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-40GB MIG 3g.20gb"
+    monkeypatch.setitem(sys.modules, "pynvml", nvml([[whole], [whole, sliced, sliced]]))
+    assert device.use_of([0, 2]) == [{"busy": 93, "mib": 1}, {"busy": None, "mib": 3}]
+    assert device.use_of([]) == []
 
 
 def test_a_node_of_a_given_cluster_may_say_more_by_labels() -> None:

@@ -51,6 +51,12 @@ def test_devices_are_named_with_their_memory() -> None:
         assert each.flavor and each.memory > 1000 and each.uuid.startswith(("GPU-", "MIG-"))
 
 
+def test_devices_say_what_they_do() -> None:
+    [use] = device.use_of([0])
+    assert use["mib"] is not None and use["mib"] >= 0
+    assert use["busy"] is None or 0 <= use["busy"] <= 100
+
+
 def granted(toys: Toys, workload: str, ranks: int, **params: Any) -> Any:
     """An attempt of ranks with the first devices, one each."""
     from dataclasses import replace
@@ -89,3 +95,22 @@ def test_a_batch_that_does_not_fit_is_halved_and_one_that_never_will_is_refused(
     assert fitting(attempt, 16, lambda size: size) == 4
     with pytest.raises(DeviceMemoryError, match="single sample"):
         fitting(lambda size: attempt(size * 100), 2, lambda size: size)
+
+
+@pytest.mark.ray
+def test_a_training_takes_as_many_samples_at_once_as_the_device_holds(executor: RayExecutor, toys: Toys) -> None:
+    attempt = granted(toys, "train", 1, batch=4, hog=0.4)
+    executor.launch(attempt)
+    assert toys.ending(attempt)["outcome"] == "SUCCEEDED", attempt.paths.log.read_text()[-2000:]
+    assert toys.result(attempt)["values"]["micro"] == 2
+    assert executor.end(attempt)
+
+
+@pytest.mark.ray
+def test_a_sample_that_the_device_never_holds_is_a_clear_failure(executor: RayExecutor, toys: Toys) -> None:
+    attempt = granted(toys, "train", 1, hog=1.5)
+    executor.launch(attempt)
+    ending = toys.ending(attempt)
+    assert (ending["outcome"], ending["reason"]) == ("FAILED", "device-memory"), ending
+    assert "gpu_memory" in ending["remedy"]
+    assert executor.end(attempt)

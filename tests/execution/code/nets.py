@@ -32,7 +32,7 @@ def volumes(count: int) -> list[dict[str, torch.Tensor]]:
     return made
 
 
-def recipe(count: int, seconds: float, dropout: float, batch_norm: bool, ctx: Context) -> Recipe:
+def recipe(count: int, seconds: float, dropout: float, batch_norm: bool, hog: float, ctx: Context) -> Recipe:
     seed_all(ctx.seed)
     transform = Compose(
         [
@@ -52,6 +52,9 @@ def recipe(count: int, seconds: float, dropout: float, batch_norm: bool, ctx: Co
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         time.sleep(seconds)
+        if hog:  # on a GPU: each sample takes that share of all its memory
+            total = torch.cuda.get_device_properties(ctx.device).total_memory
+            torch.empty(int(hog * total) * len(batch["image"]), dtype=torch.uint8, device=ctx.device)
         if seconds and ctx.rank == 0:
             ctx.log_metric("step", 1.0)
         return nn.functional.mse_loss(model(batch["image"].as_tensor()), batch["size"])
@@ -77,8 +80,8 @@ class Interrupted:
 
 
 def train(spec: Any, ctx: Context) -> Result | None:
-    """params: samples, epochs, batch, loaders, every (steps between checkpoints), seconds per step, beside, and after:
-    how many steps each attempt does, the last ones all."""
+    """params: samples, epochs, batch, loaders, every (steps between checkpoints), seconds per step, beside, hog, and
+    after: how many steps each attempt does, the last ones all."""
     given = spec.params
     attempt = ctx.paths.number - 1 if "after" in given else 0
     if attempt < len(given.get("after", ())):
@@ -88,13 +91,15 @@ def train(spec: Any, ctx: Context) -> Result | None:
         checkpoint_steps=given.get("every", 0), checkpoint_s=0, keep=Keep(2), beside=given.get("beside", True),
     )  # fmt: skip
     made = recipe(
-        given.get("samples", 22), given.get("seconds", 0), given.get("dropout", 0.2), given.get("batch_norm", True), ctx
-    )
+        given.get("samples", 22), given.get("seconds", 0), given.get("dropout", 0.2), given.get("batch_norm", True),
+        given.get("hog", 0), ctx,
+    )  # fmt: skip
     done = training.fit(made, pace, ctx)
     if done is None:
         return None
     values = {"weights": training.digest(done.model), "history": list(done.history), "steps": done.steps}
-    return Result(values | {"resumed_at": done.resumed_at, "world": ctx.world, "threads": torch.get_num_threads()})
+    more = {"resumed_at": done.resumed_at, "world": ctx.world, "micro": done.micro}
+    return Result(values | more | {"threads": torch.get_num_threads()})
 
 
 def nothing(spec: Any, ctx: Context) -> Result:
