@@ -36,6 +36,6 @@ bench: env       ## measure ours beside its peers, in one run
 real-parts:      ## Debian servers and oracles that tests use (root)
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	    postgresql dicom3tools mricron-data plink2 bcftools orthanc orthanc-dicomweb
+	    postgresql dicom3tools mricron-data plink2 bcftools orthanc orthanc-dicomweb openssh-server
 
 .PHONY: help env demo check test soak bench real-parts

@@ -70,6 +70,41 @@ class HomePaths:
         return self.root / "spool"
 
     @property
+    def transfers(self) -> Path:
+        """A receipt for each set of files that `permed receive` put in place, by its reference."""
+        return self.root / "transfers"
+
+    @property
+    def incoming(self) -> Path:
+        """Volumes that somebody's `permed --via` sends here."""
+        return self.root / "incoming"
+
+    @property
+    def received(self) -> Path:
+        """Sets that came so, each in a folder named by its reference."""
+        return self.root / "received"
+
+    @property
+    def outgoing(self) -> Path:
+        """Results that somebody's `permed --via` fetches."""
+        return self.root / "outgoing"
+
+    @property
+    def submissions(self) -> Path:
+        """One small record per submission through `permed --via`, so that each is queued once."""
+        return self.root / "submissions"
+
+    @property
+    def destinations(self) -> Path:
+        """Where `permed send` may send and `permed receive` fetch, by name; holds no secret."""
+        return self.root / "destinations.yaml"
+
+    @property
+    def signers(self) -> Path:
+        """Whose signatures `permed receive` accepts: OpenSSH's allowed_signers."""
+        return self.root / "allowed_signers"
+
+    @property
     def mlflow(self) -> Path:
         return self.root / "mlflow"
 

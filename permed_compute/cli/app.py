@@ -32,6 +32,7 @@ from permed_compute.cli import (
     status,
     submit,
     top,
+    transfer,
     validate,
     verify,
 )  # fmt: skip
@@ -58,7 +59,7 @@ app = typer.Typer(
 )
 for part in (
     run_file, submit, jobs, status, logs, results, catalog, validate, doctor, demo, controller, backup, gc, convert,
-    verify,
+    verify, transfer,
 ):  # fmt: skip
     part.add_to(app)
 top.add_to(app)
