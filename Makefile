@@ -26,6 +26,9 @@ check: env       ## format, lint, types, import rules: seconds
 test: env check  ## every test that needs no special hardware
 	$(BIN)/python -m pytest -m "not soak and not gpu"
 
+test-offline: env ## every test that needs no special hardware, in a network of its own: loopback only
+	$(BIN)/python -m permed_compute.testing.network -- $(BIN)/python -m pytest -m "not soak and not gpu"
+
 soak: env        ## long runs and chaos
 	$(BIN)/python -m pytest -m soak --timeout 3600
 
@@ -36,6 +39,7 @@ bench: env       ## measure ours beside its peers, in one run
 real-parts:      ## Debian servers and oracles that tests use (root)
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	    postgresql dicom3tools mricron-data plink2 bcftools orthanc orthanc-dicomweb openssh-server
+	    postgresql dicom3tools mricron-data plink2 bcftools orthanc orthanc-dicomweb openssh-server \
+	    slurm-wlm munge slurmdbd mariadb-server
 
-.PHONY: help env demo check test soak bench real-parts
+.PHONY: help env demo check test test-offline soak bench real-parts

@@ -22,27 +22,30 @@ from typing import Any
 
 from permed_compute.admission.explain import Explanation
 from permed_compute.admission.fold import Picture
+from permed_compute.admission.snapshot import Node
 from permed_compute.admission.top import Standing
-from permed_compute.errors import EngineError, NotFoundError, QueueError
+from permed_compute.errors import EngineError, LeaseLostError, NotFoundError, QueueError, SettingsError
 from permed_compute.execution.controller import Controller, ended
+from permed_compute.execution.delegated import Delegated, Word
 from permed_compute.execution.device import local_node
-from permed_compute.execution.port import Executor
-from permed_compute.paths import HomePaths, JobPaths
+from permed_compute.execution.port import Attempt, Executor
+from permed_compute.paths import HomePaths, JobPaths, replacing
 from permed_compute.queue.events import Anchor
 from permed_compute.queue.port import Event, Job, Queue, wall_clock
 from permed_compute.queue.rows import event_from_row, job_from_row
 from permed_compute.queue.server import Caller as Peer
 from permed_compute.queue.server import Gateway, GatewayClient, connect
 from permed_compute.service import Caller, JobService, Service, handle
-from permed_compute.settings import Settings, resolve
+from permed_compute.settings import Settings, resolve, site
 from permed_compute.spec import JobSpec, load
-from permed_compute.states import JobState
+from permed_compute.states import ENDED, JobState
 from permed_compute.tracking.files import Drained, Spool, drain
 from permed_compute.tracking.port import Tracker
 from permed_compute.tracking.record import record_of
 
 _LOCK_WAIT_S = 10.0
 _POLL_S = 0.2
+_ROUNDS = 8
 _SWITCH_S = 0.0005
 """Callers' threads answer between two bytecodes of a decision; Python's 5 ms would be most of a submission's time."""
 
@@ -61,6 +64,10 @@ def open_queue(settings: Settings) -> Queue:
 
 def make_executor(settings: Settings) -> Executor:
     """The engine that the settings name."""
+    if settings.executor == "slurm":
+        from permed_compute.execution.slurm import SlurmExecutor
+
+        return SlurmExecutor(settings, settings.paths)
     if settings.executor == "inprocess":
         from permed_compute.execution.inprocess import InProcessExecutor
 
@@ -109,6 +116,11 @@ class Client:
         """True where this process is the controller."""
         return self.queue is not None
 
+    @property
+    def delegated(self) -> bool:
+        """True where a site's own scheduler places the jobs: what is submitted is sent at once, by this process."""
+        return self.settings.executor == "slurm"
+
     def submit(self, *jobs: JobSpec | Path | str, held: bool = False) -> list[Job]:
         """Queue jobs given as specs or job files. Durable when it returns."""
         specs = [job if isinstance(job, JobSpec) else load(Path(job)) for job in jobs]
@@ -132,7 +144,7 @@ class Client:
             return all(ended(job) for job in last)
 
         if self._lead is not None:
-            self._lead.controller().run(all_ended)
+            self._lead.run(all_ended)
         else:
             while not all_ended():
                 time.sleep(_POLL_S)
@@ -156,7 +168,7 @@ class Client:
             raise QueueError("This home has a controller already.", remedy="`permed status` shows what it does.")
         sys.setswitchinterval(_SWITCH_S)
         with _Sender(self, track_every_s):
-            self._lead.controller().run(until)
+            self._lead.run(until)
 
 
 @dataclass(slots=True)
@@ -167,6 +179,14 @@ class _Lead:
     queue: Queue
     picture: Picture
     _controller: Controller | None = None
+    _executor: Executor | None = None
+    _runs: bool = False
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def executor(self) -> Executor:
+        if self._executor is None:
+            self._executor = make_executor(self.settings)
+        return self._executor
 
     def controller(self) -> Controller:
         if self._controller is None:
@@ -176,20 +196,65 @@ class _Lead:
             def announce(job: Job, state: JobState, exit_record: Mapping[str, Any] | None) -> None:
                 spool.put(record_of(job, state, home.job(job.id), wall_clock()))
 
-            executor = make_executor(self.settings)
+            executor = self.executor()
             controller = Controller(self.queue, executor, home, self.settings, announce=announce, picture=self.picture)
             controller.lead()
             self._controller = controller
         return self._controller
 
+    def run(self, until: Callable[[], bool]) -> None:
+        self._runs = True
+        try:
+            with self._turn:
+                self.controller().run(until)
+        finally:
+            self._runs = False
+
     def wake(self) -> None:
-        if self._controller is not None:
+        if self._runs and self._controller is not None:
             self._controller.wake()
+        elif self.settings.executor == "slurm":
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Fold in what became of the jobs that a site has, and send it those that wait: nobody else may be there to.
+
+        A few rounds, since a decision leads to a launch; where another controller leads the queue, that one does it.
+        """
+        with self._turn, suppress(LeaseLostError):
+            controller = self.controller()
+            for _ in range(_ROUNDS):
+                if not controller.tick():
+                    return
+
+    def nodes(self) -> tuple[Node, ...]:
+        """What there is to reserve, before the controller has looked."""
+        return self.executor().nodes() if self.settings.executor == "slurm" else (local_node(self.settings),)
+
+    def says(self, job: Job) -> Word | None:
+        """The engine's own word of a live attempt, where it places jobs itself."""
+        if not job.attempt or not isinstance(executor := self._delegate(), Delegated):
+            return None
+        attempt = Attempt.read(self.settings.paths.job(job.id).attempt(job.attempt))
+        return executor.says(attempt) if attempt is not None else None
+
+    def fits(self, spec: JobSpec) -> None:
+        """Raises `SiteRefusalError` where the site would refuse the job."""
+        if isinstance(executor := self._delegate(), Delegated):
+            executor.require(spec)
+
+    def queued(self, jobs: Sequence[Job]) -> None:
+        if isinstance(executor := self._delegate(), Delegated):
+            executor.queued(jobs)
+
+    def _delegate(self) -> Executor | None:
+        return self.executor() if self.settings.executor == "slurm" else None
 
     def close(self) -> None:
         if self._controller is not None:
             self._controller.close()
-            self._controller.executor.close()
+        if self._executor is not None:
+            self._executor.close()
 
 
 @dataclass(slots=True)
@@ -227,18 +292,21 @@ def open_client(settings: Settings | None = None) -> Iterator[Client]:
         remote = _join_or_lock(settings, stack)
         if remote is not None:
             stack.callback(remote.close)
+            _same_site(settings)
             yield Client(settings, RemoteService(remote))
             return
         queue = open_queue(settings)
         stack.callback(queue.close)
         picture = Picture(queue, grace_ms=settings.grace * 1000)
+        _bind_site(settings, queue)
         lead = _Lead(settings, queue, picture)
         stack.callback(lead.close)
 
         def service_for(caller: Caller) -> JobService:
             return JobService(
-                queue, caller, lambda: (local_node(settings),), picture, settings.grace * 1000, wake=lead.wake
-            )
+                queue, caller, lead.nodes, picture, settings.grace * 1000, wake=lead.wake, fits=lead.fits,
+                queued=lead.queued, engine_says=lead.says,
+            )  # fmt: skip
 
         def on_call(peer: Peer, call: str, args: Mapping[str, Any]) -> Any:
             return handle(
@@ -247,7 +315,47 @@ def open_client(settings: Settings | None = None) -> Iterator[Client]:
 
         stack.enter_context(Gateway(settings.paths.socket, on_call))
         me = Caller(getpass.getuser(), operator=True, groups=groups_of(getpass.getuser()))
+        if settings.executor == "slurm":
+            lead.catch_up()
         yield Client(settings, service_for(me), queue, lead)
+
+
+def _site_at_home(settings: Settings) -> str:
+    """The site that this home's jobs go to, '' where none has been named yet."""
+    from permed_compute.settings import home_file
+
+    return str(home_file(settings.paths).get("site", ""))
+
+
+def _same_site(settings: Settings) -> None:
+    """A home has one engine: jobs of a site whose scheduler has them must not be launched by another one beside it."""
+    bound = _site_at_home(settings)
+    if settings.executor == "slurm" and bound != settings.site:
+        raise SettingsError(
+            f"This home's jobs go to {bound or 'its own machine'}, not to {settings.site}.",
+            remedy="Use a home of its own: --home.",
+        )
+    if bound and settings.executor != "slurm" and site(bound).get("executor") == "slurm":
+        raise SettingsError(
+            f"This home's jobs go to {bound}; the executor would be {settings.executor}"
+            f" ({settings.source.get('executor', 'default')}).",
+            remedy="Use another home (--home), or leave the executor to the site.",
+        )
+
+
+def _bind_site(settings: Settings, queue: Queue) -> None:
+    """From the first command that names it, a home belongs to its site, so that the next need not name it again."""
+    if settings.executor == "slurm" and not _site_at_home(settings):
+        if queue.jobs(states=set(JobState) - ENDED, limit=1):
+            raise SettingsError(
+                "This home has jobs that wait for its own machine.",
+                remedy="Use a home of its own for the site: --home.",
+            )
+        file = settings.paths.settings
+        before = file.read_text(encoding="utf-8") if file.exists() else ""
+        with replacing(file) as new:
+            new.write_text(f"{before.rstrip()}\nsite: {settings.site}\n".lstrip(), encoding="utf-8")
+    _same_site(settings)
 
 
 def groups_of(user: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from permed_compute.admission.policy import Policy
 from permed_compute.admission.snapshot import Node, waiting_of
 from permed_compute.admission.top import Standing, standing
 from permed_compute.errors import NotFoundError, PermissionDeniedError, Problem, SpecError, StaleError, StateError
+from permed_compute.execution.delegated import Word
 from permed_compute.queue.port import Clock, Event, Job, Move, Queue, new_ids, wall_clock
 from permed_compute.queue.rows import event_row, job_row
 from permed_compute.spec import JobSpec, from_json
@@ -77,6 +78,12 @@ class JobService:
     grace_ms: int = 30_000
     clock: Clock = wall_clock
     wake: Callable[[], None] = lambda: None
+    fits: Callable[[JobSpec], None] = lambda spec: None
+    """Raises where the engine's site would refuse the job."""
+    queued: Callable[[Sequence[Job]], None] = lambda jobs: None
+    """Told of new jobs before anybody looks at them."""
+    engine_says: Callable[[Job], Word | None] = lambda job: None
+    """Of an engine that places jobs itself: what it says of one that it has."""
 
     def submit(self, specs: Sequence[JobSpec], *, held: bool = False) -> list[Job]:
         """Durable when this returns. Raises `NotFoundError` for a dependency that does not exist, and
@@ -84,10 +91,12 @@ class JobService:
         policy = self._policy()
         for spec in specs:
             check(policy, spec, self.caller.name, self.caller.groups, self.clock())
+            self.fits(spec)
             for other in spec.dependencies:
                 self.queue.job(other)
         jobs = self.queue.submit(specs, owner=self.caller.name, held=held)
         self._seen().expect(jobs)
+        self.queued(jobs)
         if not held:  # a held job cannot start: there is nothing to look at
             self.wake()
         return jobs
@@ -142,7 +151,9 @@ class JobService:
         snapshot, policy, _ = self._seen().see(self.clock(), self._nodes())
         now = self.clock()
         job = self.queue.job(job_id)
-        return explain(job, decide(snapshot, policy, now), snapshot, lambda other: self.queue.job(other).spec.name)
+        said = explain(job, decide(snapshot, policy, now), snapshot, lambda other: self.queue.job(other).spec.name)
+        word = self.engine_says(job) if job.state in (JobState.LAUNCHING, JobState.RUNNING, JobState.UNKNOWN) else None
+        return replace(said, code=word.code, sentence=word.sentence, change=word.change) if word is not None else said
 
     def preview(self, spec: JobSpec) -> Mapping[str, Any]:
         """What would be decided now if it were submitted now, to a single job or an array's first element: starts_now,
@@ -150,6 +161,7 @@ class JobService:
         now = self.clock()
         snapshot, policy, _ = self._seen().see(now, self._nodes())
         check(policy, spec, self.caller.name, self.caller.groups, now)
+        self.fits(spec)
         first = spec.element(0) if spec.array else spec
         job = Job(new_ids(now, 1)[0], first, JobState.QUEUED, 1, 2**62, self.caller.name, 0, "preview", now, now, 0)
         states = {other: self.queue.job(other).state for other in first.dependencies}

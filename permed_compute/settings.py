@@ -1,5 +1,8 @@
 """Settings: defaults < preset < site < home file < environment < flags; each value remembers where it came from.
 
+What a site says (its `settings:`, and that its jobs go through Slurm) counts as much as whoever named the site does:
+`--site saga` is above a PERMED_EXECUTOR that happens to be set, and `--executor` beside it above both.
+
 A preset is `configs/<name>.yaml`; a site is the `settings:` section of `cluster/sites/<name>.yaml`; the home file is
 `PERMED_HOME/settings.yaml`; an environment variable is `PERMED_` + the field's name in capitals.
 """
@@ -30,10 +33,16 @@ class Settings:
     preset: str = _setting("cpu", "defaults to start from: a name in configs/")
     site: str = _setting("", "site profile: a name in cluster/sites/")
     site_account: str = _setting("", "who pays at the site, e.g. nn9999k; default the last part of the job's account")
+    site_partition: str = _setting("", "partition of the site; default the first that has what a job needs")
+    site_qos: str = _setting("", "quality of service of the site, e.g. devel")
     site_image: str = _setting("", "container image at the site that jobs run in")
+    site_options: str = _setting("", "further options of the site's scheduler, e.g. --reservation=course")
+    site_stage_in: str = _setting("", "FROM:TO …: what the site's scheduler copies in before a job (#STAGE)")
+    site_stage_out: str = _setting("", "FROM:TO …: what the site's scheduler copies out after a job (#STAGE)")
+    site_python: str = _setting("", "Python on the site's compute nodes; default: the one that submits")
     queue_url: str = _setting("", "SQLAlchemy URL, e.g. postgresql+psycopg://…; default SQLite in the home")
     anchor: str = _setting("", "folder outside the home for the audit key and anchor; default ~/.local/state/permed")
-    executor: str = _setting("ray", "ray or inprocess")
+    executor: str = _setting("ray", "ray, inprocess, or slurm (what a site run by Slurm makes of it)")
     cpus: float = _setting(0.0, "CPU cores to offer to jobs; 0 = all that this process may use")
     memory: int = _setting(0, "MiB to offer to jobs; 0 = 80 % of what the machine has")
     gpus: str = _setting("auto", "auto, or none to hide GPUs from jobs")
@@ -75,11 +84,12 @@ def resolve(flags: Mapping[str, Any] | None = None, env: Mapping[str, str] | Non
     base = named.get("preset") or of_site.get("preset") or "cpu"
     layers: list[tuple[str, Mapping[str, Any]]] = [
         (f"preset {base}", preset(base)),
-        (f"site {named.get('site', '')}", of_site),
         ("settings.yaml in the home", from_home),
         ("environment", from_env),
         ("flag", given),
     ]
+    where_named = max((place for place, (_, layer) in enumerate(layers) if layer.get("site")), default=1)
+    layers.insert(where_named, (f"site {named.get('site', '')}", of_site))
     values: dict[str, Any] = {}
     source: dict[str, str] = {}
     for where, layer in layers:
@@ -92,17 +102,24 @@ def resolve(flags: Mapping[str, Any] | None = None, env: Mapping[str, str] | Non
     return Settings(**values, source=source)
 
 
+def home_file(home: HomePaths) -> Mapping[str, Any]:
+    """What the home's own settings.yaml says, {} where there is none."""
+    return _read(home.settings)
+
+
 def preset(name: str) -> Mapping[str, Any]:
     """The settings of `configs/<name>.yaml`."""
     return _shipped("permed_compute.configs", f"{name}.yaml", "preset")
 
 
 def site(name: str) -> Mapping[str, Any]:
-    """The `settings:` section of a site's profile."""
+    """The `settings:` section of a site's profile, and the executor that its scheduler means."""
     from permed_compute.sites.profile import load
 
     try:
-        return load(name).settings
+        found = load(name)
+        slurm = {"executor": "slurm"} if found.scheduler.kind == "slurm" else {}
+        return {**slurm, **found.settings}
     except NotFoundError as error:
         raise SettingsError(error.message, remedy=error.remedy) from None
 
@@ -142,8 +159,10 @@ def _converted(name: str, value: Any, where: str) -> Any:
         raise SettingsError(f"{name} ({where}) is {value!r}, which is not {kind.__name__}.") from None
     if kind in (int, float) and converted < 0:
         raise SettingsError(f"{name} ({where}) is {value!r}, below zero.")
-    if name == "executor" and converted not in ("ray", "inprocess"):
-        raise SettingsError(f"executor ({where}) is {value!r}.", remedy="Write ray or inprocess.")
+    if name == "executor" and converted not in ("ray", "inprocess", "slurm"):
+        raise SettingsError(f"executor ({where}) is {value!r}.", remedy="Write slurm, ray or inprocess.")
+    if name == "site" and "/" in converted:
+        return str(Path(converted).expanduser().absolute())
     return converted
 
 

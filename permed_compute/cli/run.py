@@ -15,7 +15,8 @@ from permed_compute.cli import jobfile, words
 from permed_compute.cli.exits import Exit, of_states
 from permed_compute.cli.jobs import JobsArgument
 from permed_compute.cli.session import Session
-from permed_compute.cli.submit import checked
+from permed_compute.cli.site import AccountOption, FurtherOption, ImageOption, PartitionOption, QosOption
+from permed_compute.cli.submit import at_site, checked
 from permed_compute.errors import NotFoundError, PermedError, QueueError
 from permed_compute.states import JobState
 
@@ -38,6 +39,11 @@ def run(
     file: jobfile.FileArgument,
     sets: jobfile.SetOption = None,
     inputs: jobfile.InputOption = None,
+    account: AccountOption = None,
+    partition: PartitionOption = "",
+    qos: QosOption = "",
+    image: ImageOption = None,
+    further: FurtherOption = None,
     detach: Annotated[bool, typer.Option("--detach", help="Queue it and return, as `permed submit` does.")] = False,
 ) -> None:
     """Run a job and wait for it. Ctrl-C holds it; `permed resume` finishes it.
@@ -45,6 +51,7 @@ def run(
     Example: permed run job.yaml --input scans/ --set params.threshold=0.5
     """
     session = Session.of(ctx)
+    at_site(session, account, partition, qos, image, further)
     spec = checked(file, sets, inputs)
     _begin(session, lambda client: client.submit(spec), detach=detach)
 

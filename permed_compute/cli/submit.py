@@ -10,6 +10,7 @@ import typer
 
 from permed_compute.cli import jobfile, words
 from permed_compute.cli.session import Session
+from permed_compute.cli.site import AccountOption, FurtherOption, ImageOption, PartitionOption, QosOption
 from permed_compute.cli.validate import notes, workload_problem
 from permed_compute.errors import SpecError
 
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from permed_compute.queue.port import Job
     from permed_compute.spec import JobSpec
 
+StageOption = Annotated[
+    list[str] | None,
+    typer.Option("--stage-in", metavar="FROM:TO", help="The site's scheduler copies it in. Repeatable."),
+]
+StageOutOption = Annotated[
+    list[str] | None, typer.Option("--stage-out", metavar="FROM:TO", help="… and out, afterwards. Repeatable.")
+]
 _FILES_COUNTED = 100_000
 
 
@@ -31,15 +39,26 @@ def submit(
     sets: jobfile.SetOption = None,
     inputs: jobfile.InputOption = None,
     hold: Annotated[bool, typer.Option("--hold", help="Queue it held; `permed release` lets it go.")] = False,
+    account: AccountOption = None,
+    partition: PartitionOption = "",
+    qos: QosOption = "",
+    image: ImageOption = None,
+    further: FurtherOption = None,
+    stage_in: StageOption = None,
+    stage_out: StageOutOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Queue nothing; say what would be decided now, and why.")
     ] = False,
 ) -> None:
     """Queue jobs and return at once; a controller, or the next `permed run`, works them off.
 
+    At a site run by Slurm (--site) it is sent at once, or as soon as Slurm answers again, and what the site would
+    refuse is not queued at all.
+
     Example: permed submit job.yaml --input scans/ --set resources.cpus=2
     """
     session = Session.of(ctx)
+    at_site(session, account, partition, qos, image, further, stage_in, stage_out)
     specs = [checked(file, sets, inputs) for file in files]
     with session.client() as client:
         if dry_run:
@@ -47,9 +66,26 @@ def submit(
             session.answer(rows, *(_shown(row) for row in rows))
             return
         jobs = client.service.submit(specs, held=hold)
+        if client.delegated:  # some may have been sent by now
+            jobs = [client.service.job(job.id) for job in jobs]
         session.answer([words.job_row(job) for job in jobs], lambda console: _list(console, jobs))
-        if client.embedded and not hold:
+        if client.delegated and not hold:
+            session.note(client.service.why(jobs[0].id).sentence)
+        elif client.embedded and not hold:
             session.note("No controller runs here: `permed controller`, or the next `permed run`, works it off.")
+
+
+def at_site(
+    session: Session, account: str | None, partition: str, qos: str, image: str | None, further: list[str] | None,
+    stage_in: list[str] | None = None, stage_out: list[str] | None = None,
+) -> None:  # fmt: skip
+    """Lay what the command says about the site over the settings."""
+    said = {
+        "site_account": account, "site_partition": partition, "site_qos": qos, "site_image": image,
+        "site_options": " ".join(further or ()), "site_stage_in": " ".join(stage_in or ()),
+        "site_stage_out": " ".join(stage_out or ()),
+    }  # fmt: skip
+    session.flags = {**session.flags, **{name: value for name, value in said.items() if value}}
 
 
 def checked(file: str, sets: list[str] | None, inputs: list[str] | None) -> JobSpec:

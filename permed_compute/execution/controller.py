@@ -25,6 +25,7 @@ from permed_compute.admission.snapshot import Node, Plan, Policy, grants_of, ope
 from permed_compute.errors import EngineError, LeaseLostError, PermedError, StaleError
 from permed_compute.execution import failure, records
 from permed_compute.execution.context import raise_fence
+from permed_compute.execution.delegated import Delegated, EngineAwayError, pauses
 from permed_compute.execution.port import Attempt, Executor, Liveness, Scaling
 from permed_compute.paths import HomePaths, read_json, write_json
 from permed_compute.queue.port import Clock, Job, Lease, Move, Queue, wall_clock
@@ -238,9 +239,13 @@ class Controller:
         self._launched.add(attempt.name)
         try:
             self.executor.launch(attempt)
+        except EngineAwayError as error:  # nothing was refused: the next round asks again, for days if need be
+            log.info("launch of %s waits: %s", attempt.name, error.message)
+            self._launched.discard(attempt.name)
+            return False
         except EngineError as error:
             log.warning("launch of %s failed: %s", attempt.name, error.message)
-            self._lost(job, attempt, "launch-failed")
+            self._lost(job, attempt, "launch-failed", said=error.message)
         return True
 
     def _attempt(self, job: Job, number: int) -> Attempt:
@@ -302,7 +307,8 @@ class Controller:
             exit_record = read_json(attempt.paths.exit)
             if exit_record is not None:
                 return self._settle(job, attempt, exit_record)
-            return self._lost(job, attempt, self._how_lost(attempt))
+            how = self._how_lost(attempt)
+            return self._timed_out(job, attempt) if how == "time-limit" else self._lost(job, attempt, how)
         if liveness is Liveness.UNKNOWN and job.state is JobState.RUNNING and quiet >= self.settings.heartbeat * 1000:
             self._move(job, JobState.UNKNOWN, "engine-silent", detail=_said(job, "The engine does not answer."))
             return True
@@ -312,6 +318,8 @@ class Controller:
         return False
 
     def _over_time(self, job: Job) -> bool:
+        if isinstance(self.executor, Delegated):
+            return False
         return bool(job.started_at) and self.clock() - job.started_at > job.spec.time_limit * 1000
 
     def _out_of_time(self, job: Job, attempt: Attempt) -> bool:
@@ -325,7 +333,7 @@ class Controller:
 
     def _timed_out(self, job: Job, attempt: Attempt) -> bool:
         """A long training is a chain of attempts, each within the limit, as long as each gets further."""
-        times = int(job.detail.get("continued", 0))
+        times = int(job.detail.get("continued", 0)) + int((read_json(attempt.paths.stop) or {}).get("continued", 0))
         if times < job.spec.continuations and self._progressed(attempt):
             detail = {**_without_grants(job), "continued": times + 1}
             self._move(job, JobState.QUEUED, "continued", detail=detail)
@@ -345,8 +353,10 @@ class Controller:
             log.info("job %s moved by itself", job.id)
 
     def _stopping(self, job: Job, attempt: Attempt, grace_ms: int) -> bool:
-        if not attempt.paths.stop.exists():
+        if not attempt.paths.stop.exists() or pauses(attempt.paths):
             write_json(attempt.paths.stop, {"reason": job.reason, "at": self.clock()})
+        if isinstance(self.executor, Delegated) and not records.last_sign(attempt.paths.root):
+            grace_ms = 0  # it waits in the engine's queue: there is nothing to keep
         gone = self.clock() - job.changed_at >= grace_ms or self.executor.liveness(attempt) is Liveness.GONE
         if not gone or not self.executor.end(attempt):
             return False
@@ -385,15 +395,15 @@ class Controller:
             return self._stopped(job, attempt)
         return self._lost(job, attempt, exit_record["reason"])
 
-    def _lost(self, job: Job, attempt: Attempt, code: str) -> bool:
+    def _lost(self, job: Job, attempt: Attempt, code: str, said: str = "") -> bool:
         if not self.executor.end(attempt):
             return False
         verdict = failure.after_loss(
             code, losses=job.detail.get("losses"), progressed=self._progressed(attempt), retries=job.spec.retries,
             now=self.clock(),
         )  # fmt: skip
-        told = {"losses": dict(verdict.losses), "not_before": verdict.not_before, "sentence": verdict.sentence,
-                "remedy": verdict.remedy}  # fmt: skip
+        told = {"losses": dict(verdict.losses), "not_before": verdict.not_before,
+                "sentence": f"{said} {verdict.sentence}".strip(), "remedy": verdict.remedy}  # fmt: skip
         if verdict.to is JobState.FAILED:
             return self._end_job(job, attempt, JobState.FAILED, code, told)
         self._move(job, JobState.QUEUED, code, detail={**_without_grants(job), **told})
@@ -406,6 +416,8 @@ class Controller:
 
     def _how_lost(self, attempt: Attempt) -> str:
         """Gone without a word: with its node, where the engine no longer has that."""
+        if isinstance(self.executor, Delegated):
+            return self.executor.how_lost(attempt)
         try:
             there = {node.name for node in self.executor.nodes()}
         except EngineError:

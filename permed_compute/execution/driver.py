@@ -22,6 +22,7 @@ from typing import Any
 from permed_compute.errors import Finding, PermedError, StaleError, WorkloadError
 from permed_compute.execution import failure, results
 from permed_compute.execution.context import WorkerContext
+from permed_compute.execution.delegated import paused_file, pauses
 from permed_compute.execution.live import Far, Meter, steps_of
 from permed_compute.execution.port import Attempt
 from permed_compute.execution.records import Records
@@ -72,7 +73,8 @@ def drive(paths: AttemptPaths, make_crew: Callable[[Attempt], Crew], engine: Map
         sentence = f"{type(error).__name__} in the workload's plan, reduce or training."
         ending = {"outcome": "FAILED", "reason": "code-error", "sentence": sentence, "remedy": "See `permed logs`."}
     done.set()
-    write_json(paths.exit, {**ending, "at": wall_clock()})
+    paused = ending["outcome"] == "STOPPED" and pauses(paths)
+    write_json(paused_file(paths) if paused else paths.exit, {**ending, "at": wall_clock()})
     records.write("ended", outcome=ending["outcome"])
     records.close()
 

@@ -42,6 +42,9 @@ KINDS = {
     ),
     "worker-lost": Kind("A worker's process is gone.", "See `permed logs`; if it happens again, ask for more memory."),
     "peer-lost": Kind("The ranks lost each other.", "The network between them, or a rank's end: see `permed logs`."),
+    # somebody else's doing, in Slurm
+    "cancelled-in-slurm": Kind("It was cancelled in Slurm.", "`permed cancel` ends a job for good.", 5),
+    "evicted": Kind("Slurm took its nodes for other work.", "Nothing: it goes on when its turn comes.", 20, 2_000),
     # likely the job's own: the same again would mostly do the same again
     "over-memory": Kind("A worker used more memory than it was granted.", "Raise resources.memory.", 1, 10_000),
     "bad-image": Kind(

@@ -53,9 +53,15 @@ _ENVIRONMENT = {
 
 
 def trim(params: Any, head: bool) -> None:
-    """Ray's start hook: no Ray Client server (a process and an open port), and our own quick way to start workers."""
+    """Ray's start hook: no Ray Client server (a process and an open port), and our own quick way to start workers.
+
+    And no dashboard process: what is left of it without a dashboard asks three clouds' metadata services where it runs,
+    and tells Ray's makers that telemetry is switched off (seen on a wire, 2.60; tests/test_offline.py).
+    """
     params.ray_client_server_port = None
     params.setup_worker_path = str(Path(__file__).with_name("raysetup.py"))
+    if not params.include_dashboard:
+        sys.modules["ray._private.services"].start_api_server = lambda *_, **__: ("", None)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +80,18 @@ class Session:
 
 
 class LocalRay:
-    """The one Ray of a home. `node` is what admission may give out: Ray is made as large, never larger."""
+    """The one Ray of a home. `node` is what admission may give out: Ray is made as large, never larger.
 
-    def __init__(self, runtime: Path, node: Node, lonely_s: float = raykeeper.LONELY_S) -> None:
+    label: of this node, `name=value`. address: this machine's, for a Ray of several; default: loopback alone. join: the
+    head's address, for a node of its Ray; then `secret` is its token.
+    """
+
+    def __init__(
+        self, runtime: Path, node: Node, lonely_s: float = raykeeper.LONELY_S, *, label: str = "", address: str = "",
+        join: str = "", secret: str = "",
+    ) -> None:  # fmt: skip
         self._runtime, self._lonely_s = runtime, lonely_s
+        self._label, self._address, self._join, self._secret = label, address or "127.0.0.1", join, secret
         self._size = {
             "cpus": math.ceil(node.cpu_milli / 1000), "memory": node.memory, "gpus": len(node.gpus),
         }  # fmt: skip
@@ -157,10 +171,12 @@ class LocalRay:
 
     def _command(self) -> list[str]:
         # Port 0 everywhere: Ray takes free ones. No dashboard, autoscaler or log forwarding: nobody here asks them.
+        head = ["--head", "--port=0", "--include-dashboard=false", "--no-monitor", f"--temp-dir={self._folder}"]
         return [
-            sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address=127.0.0.1",
-            "--port=0", "--dashboard-agent-listen-port=0", "--include-dashboard=false", "--include-log-monitor=false",
-            "--no-monitor", "--disable-usage-stats", f"--temp-dir={self._folder}",
+            sys.executable, "-P", "-m", "ray.scripts.scripts", "start",
+            *([f"--address={self._join}"] if self._join else head), f"--node-ip-address={self._address}",
+            *([f"--labels={self._label}"] if self._label else []), "--dashboard-agent-listen-port=0",
+            "--include-log-monitor=false", "--disable-usage-stats",
             f"--num-cpus={self._size['cpus']}", f"--num-gpus={self._size['gpus']}",
             f"--memory={self._size['memory'] * _MIB}", f"--object-store-memory={_OBJECT_STORE}",
         ]  # fmt: skip
@@ -174,15 +190,15 @@ class LocalRay:
             )
         handle = os.open(self.token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w") as file:
-            file.write(secrets.token_hex(32))
+            file.write(self._secret or secrets.token_hex(32))
 
     def _started(self) -> Session | None:
         try:
-            address = (self._folder / "ray_current_cluster").read_text().strip()
+            address = self._join or (self._folder / "ray_current_cluster").read_text().strip()
         except OSError:
             return None
-        found = {program: self._process_of(program) for program in ("gcs_server", "raylet")}
-        gcs, raylet = found["gcs_server"], found["raylet"]
+        raylet = self._process_of("raylet")
+        gcs = raylet if self._join else self._process_of("gcs_server")
         return Session(address, gcs, raylet, **self._size) if gcs and raylet else None
 
     def _process_of(self, program: str) -> tuple[int, int] | None:

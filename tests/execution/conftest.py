@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from permed_compute.errors import NotFoundError
 from permed_compute.execution.ray import RayExecutor
 from permed_compute.paths import HomePaths
 from permed_compute.settings import Settings
 from permed_compute.testing.execution import Toys
+from permed_compute.testing.slurm import SlurmCluster, SlurmNode
 
 _numbers = itertools.count()
 
@@ -44,6 +46,17 @@ def ray_executor(session_executor: RayExecutor) -> Iterator[RayExecutor]:
     """The session's Ray, with nothing of the last test in it."""
     yield session_executor
     session_executor.sweep(())
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmCluster]:
+    """The session's Slurm: one of Saga's nodes as declared, with the factors that NRIS bills by."""
+    try:
+        cluster = SlurmCluster((SlurmNode("n1", cpus=40, memory=182_784),), weights="CPU=1.0,Mem=0.2577031G")
+    except NotFoundError as error:
+        pytest.skip(str(error))
+    with cluster:
+        yield cluster
 
 
 @pytest.fixture
