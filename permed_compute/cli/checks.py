@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ _SOCKET_BYTES = 107  # sun_path of Linux, less the closing zero
 _FREE_BYTES = 2 * 2**30
 _FREE_INODES = 50_000
 _SKEW_S = 5.0
+_SHARE_OF_HOME = 0.5
+"""What is left of a home directory's files belongs to its user."""
 _PACKAGES = ("torch", "monai", "pydicom", "highdicom", "nibabel", "deepbet")
 
 
@@ -59,6 +62,7 @@ def all_checks(settings: Settings) -> Iterator[Check]:
     yield tracking(settings)
     yield gpus()
     yield packages()
+    yield installation(settings)
     yield real_parts()
 
 
@@ -273,6 +277,23 @@ def packages() -> Check:
     lacking = [name for name in _PACKAGES if not _version(name)]
     said = ", ".join(found) or "none"
     return Check("packages", "note", said + (f"; not installed: {', '.join(lacking)}" if lacking else ""))
+
+
+def installation(settings: Settings) -> Check:
+    """How many files (inodes: folders too) the installation is, against the site's quota of a home directory."""
+    files = sum(len(folders) + len(names) for _, folders, names in os.walk(sys.prefix))
+    said = f"{files} files and folders in {sys.prefix}"
+    if settings.site:
+        from permed_compute.sites.profile import load
+
+        storage = load(settings.site).storage
+        most = storage.home.files if storage is not None and storage.home is not None else None
+        if most and files > most * _SHARE_OF_HOME:
+            return Check(
+                "installation", "warn", f"{said}; a home directory at {settings.site} takes {most}.",
+                "Use an image or an overlay: cluster/containers/README.md.",
+            )  # fmt: skip
+    return Check("installation", "note", said)
 
 
 def real_parts() -> Check:

@@ -79,7 +79,7 @@ def show_site(ctx: typer.Context, site: SiteArgument = None) -> None:
     """
     session = Session.of(ctx)
     found = _site(session, site)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"fact": name, "value": block.model_dump(mode="json", exclude={"source", "verified", "charge"},
                                                  exclude_defaults=True),
          "source": found.cited(block), "verified": found.is_verified(block)}

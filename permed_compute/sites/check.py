@@ -134,10 +134,10 @@ def units(request: Request) -> Iterator[Refusal]:
 
 def nodes(request: Request) -> Iterator[Refusal]:
     facts, service = request.room, request.service
-    least, most, block = 1, None, facts or request.site.scheduler
+    least, most, block = 1, None, request.site.scheduler  # type: int, int | None, Block
     if facts is not None:
-        least, most = facts.nodes_min, min(filter(None, (
-            facts.nodes_max, facts.max_nodes_per_user, facts.max_nodes_per_project)), default=None)  # fmt: skip
+        limits = (facts.nodes_max, facts.max_nodes_per_user, facts.max_nodes_per_project)
+        least, most, block = facts.nodes_min, min(filter(None, limits), default=None), facts
     if service is not None and (service.max_nodes is not None or service.nodes_min is not None):
         least, most, block = service.nodes_min or 1, service.max_nodes or most, service
     if request.nodes < least:

@@ -79,11 +79,12 @@ class Request:
 
 
 def of(spec: JobSpec, site: Profile, choice: Choice | None = None) -> Request:
-    """The allocation that `spec` needs there. An elastic job asks for its most workers.
+    """The allocation that `spec` needs there. An elastic job asks for its most workers, and one that may do without a
+    GPU does so where the site has none of its kinds.
 
     Nothing is judged here: `check.require` says what the site would refuse.
     """
-    choice = choice or Choice()
+    choice, spec = choice or Choice(), _on_cores(spec, site)
     need = spec.resources
     partition = choice.partition or _partition(spec, site)
     facts = site.partitions.get(partition)
@@ -109,6 +110,16 @@ def of(spec: JobSpec, site: Profile, choice: Choice | None = None) -> Request:
     if request.memory_option == "mem-per-cpu":
         return replace(request, memory=request.memory_per_cpu * request.cpus)
     return request
+
+
+def _on_cores(spec: JobSpec, site: Profile) -> JobSpec:
+    need = spec.resources
+    there = {kind.flavor for facts in site.partitions.values() for kind in facts.gpu_nodes}
+    wanted = {flavor for flavor in need.order if flavor != "cpu"}
+    if not need.gpus or "cpu" not in need.order or wanted & there or (there and "gpu" in wanted):
+        return spec
+    cores = need.model_copy(update={"gpus": 0, "gpu_memory": 0, "flavors": ("cpu",)})
+    return spec.model_copy(update={"resources": cores})
 
 
 def _partition(spec: JobSpec, site: Profile) -> str:
