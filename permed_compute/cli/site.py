@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +12,12 @@ from permed_compute.cli import jobfile, words
 from permed_compute.cli.session import Session
 
 if TYPE_CHECKING:
+    from permed_compute.settings import Settings
     from permed_compute.sites.profile import Profile
-    from permed_compute.sites.request import Choice, Request
+    from permed_compute.sites.request import Request
+
+_TO_COME = "JOB"
+"""In place of the id that submission gives."""
 
 app = typer.Typer(
     no_args_is_help=True, help="Compute sites: what is known of them, and what they would say to a job (--site NAME)."
@@ -26,8 +31,10 @@ JobArgument = Annotated[
 AccountOption = Annotated[
     str | None, typer.Option("--account", help="Who pays there; default: setting site_account, or the job's own.")
 ]
-PartitionOption = Annotated[str, typer.Option("--partition", help="Default: the first that has what the job needs.")]
-QosOption = Annotated[str, typer.Option("--qos", help="Quality of service, e.g. devel.")]
+PartitionOption = Annotated[
+    str | None, typer.Option("--partition", help="Default: the first that has what the job needs.")
+]
+QosOption = Annotated[str | None, typer.Option("--qos", help="Quality of service, e.g. devel.")]
 ImageOption = Annotated[
     str | None, typer.Option("--image", help="Container image at the site; default: setting site_image.")
 ]
@@ -111,8 +118,8 @@ def check(
     ctx: typer.Context,
     job: JobArgument,
     account: AccountOption = None,
-    partition: PartitionOption = "",
-    qos: QosOption = "",
+    partition: PartitionOption = None,
+    qos: QosOption = None,
     image: ImageOption = None,
     further: FurtherOption = None,
     sets: jobfile.SetOption = None,
@@ -125,7 +132,7 @@ def check(
     from permed_compute.sites import check as rules
 
     session = Session.of(ctx)
-    request = _request(session, job, account, partition, qos, image, further, sets, inputs)
+    request, _ = _request(session, job, account, partition, qos, image, further, sets, inputs)
     rules.require(request)
     notes = rules.doubts(request)
     session.answer(
@@ -148,8 +155,8 @@ def render(
     ctx: typer.Context,
     job: JobArgument,
     account: AccountOption = None,
-    partition: PartitionOption = "",
-    qos: QosOption = "",
+    partition: PartitionOption = None,
+    qos: QosOption = None,
     image: ImageOption = None,
     further: FurtherOption = None,
     sets: jobfile.SetOption = None,
@@ -157,29 +164,34 @@ def render(
 ) -> None:
     """Print the exact file that the site's scheduler is given: a script for sbatch, or manifests for KubeRay.
 
+    JOB stands in it for the id that a job gets when it is submitted.
+
     Example: permed site render job.yaml --site olivia --account nn9999k --image permed.sif
     """
     import sys
 
+    from permed_compute.execution.port import Attempt
+    from permed_compute.execution.slurm import SlurmExecutor
     from permed_compute.sites import check as rules
-    from permed_compute.sites import kuberay, render
+    from permed_compute.sites import kuberay
 
     session = Session.of(ctx)
-    request = _request(session, job, account, partition, qos, image, further, sets, inputs)
+    if is_script(Path(job)):
+        raise typer.BadParameter("a script is there already: `permed site check` reads it", param_hint="JOB")
+    request, settings = _request(session, job, account, partition, qos, image, further, sets, inputs)
     rules.require(request)
+    spec, validated = jobfile.load(job, sets, inputs), ""
     if request.site.scheduler.kind == "kuberay":
-        made = kuberay.render(jobfile.load(job, sets, inputs), request)
+        made = kuberay.render(spec, request)
         text, validated = made.text, made.validated
     else:
-        text, validated = render.sbatch(request, _command(job), output="%x-%j.log", signal="TERM"), ""
+        executor = SlurmExecutor(settings, settings.paths)
+        paths = settings.paths.job(_TO_COME).attempt(1)
+        text = executor.script(Attempt(_TO_COME, 1, spec, (), "", settings.paths.root, paths))
     if session.as_json:
         session.answer({**_shape(request), "text": text, "validated": validated})
     else:
         sys.stdout.write(text)
-
-
-def _command(job: str) -> list[str]:
-    return ["permed", "run", job]
 
 
 @app.command("cost")
@@ -187,8 +199,8 @@ def cost(
     ctx: typer.Context,
     job: JobArgument,
     account: AccountOption = None,
-    partition: PartitionOption = "",
-    qos: QosOption = "",
+    partition: PartitionOption = None,
+    qos: QosOption = None,
     image: ImageOption = None,
     used: Annotated[str, typer.Option("--used", help="Also: what stays charged when it has run so long.")] = "",
     left: Annotated[
@@ -207,7 +219,7 @@ def cost(
     from permed_compute.sites import cost as costs
 
     session = Session.of(ctx)
-    request = _request(session, job, account, partition, qos, image, None, sets, inputs)
+    request, _ = _request(session, job, account, partition, qos, image, None, sets, inputs)
     found = costs.of(request)
     have = left if left is not None else costs.left(request)
     period = period_of(request.site.name, int(time.time() * 1000)) if request.site.billing is not None else None
@@ -263,29 +275,21 @@ def _site(session: Session, named: str | None = None) -> Profile:
 
 
 def _request(
-    session: Session, job: str, account: str | None, partition: str, qos: str, image: str | None,
+    session: Session, job: str, account: str | None, partition: str | None, qos: str | None, image: str | None,
     further: list[str] | None, sets: list[str] | None, inputs: list[str] | None,
-) -> Request:  # fmt: skip
+) -> tuple[Request, Settings]:  # fmt: skip
+    """What the job asks of the site, as the Slurm engine would ask; and the settings with what the user said."""
+    from permed_compute.execution.slurm import Asked
     from permed_compute.sites import request
 
     site = _site(session)
+    said = {"site_account": account, "site_partition": partition, "site_qos": qos, "site_image": image}
+    settings = replace(session.settings, **{name: value for name, value in said.items() if value is not None})
+    if further:
+        settings = replace(settings, site_options=" ".join([settings.site_options, *further]).strip())
     if is_script(Path(job)):
-        return request.of_script(Path(job).read_text(encoding="utf-8"), site, job)
-    choice = choice_of(session, account, partition, qos, image, further)
-    return request.of(jobfile.load(job, sets, inputs), site, choice)
-
-
-def choice_of(
-    session: Session, account: str | None, partition: str, qos: str, image: str | None, further: list[str] | None
-) -> Choice:
-    """What the user said, over the settings `site_account` and `site_image`."""
-    from permed_compute.sites.request import Choice
-
-    settings = session.settings
-    return Choice(
-        account if account is not None else settings.site_account, partition, qos,
-        image if image is not None else settings.site_image, tuple(further or ()),
-    )  # fmt: skip
+        return request.of_script(Path(job).read_text(encoding="utf-8"), site, job), settings
+    return request.of(jobfile.load(job, sets, inputs), site, Asked.of(settings).choice), settings
 
 
 def is_script(file: Path) -> bool:

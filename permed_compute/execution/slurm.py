@@ -232,17 +232,7 @@ class SlurmExecutor:
 
     def request(self, spec: JobSpec, asked: Asked | None = None) -> requests.Request:
         """The allocation that a job, or an array's each element, asks for. asked: default, as the settings have it."""
-        return requests.of(self._possible(spec), self.site, (asked or Asked.of(self._settings)).choice)
-
-    def _possible(self, spec: JobSpec) -> JobSpec:
-        """A job that would take a GPU and may do without, where the site has none of its kinds: on cores alone."""
-        need = spec.resources
-        wanted = {flavor for flavor in need.order if flavor != "cpu"}
-        there = {kind.flavor for facts in self.site.partitions.values() for kind in facts.gpu_nodes}
-        if not need.gpus or "cpu" not in need.order or wanted & there or ("gpu" in wanted and there):
-            return spec
-        cores = need.model_copy(update={"gpus": 0, "gpu_memory": 0, "flavors": ("cpu",)})
-        return spec.model_copy(update={"resources": cores})
+        return requests.of(spec, self.site, (asked or Asked.of(self._settings)).choice)
 
     def require(self, spec: JobSpec) -> None:
         """Raises `SiteRefusalError` with every rule of the site that the job breaks."""

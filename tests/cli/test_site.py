@@ -77,7 +77,8 @@ def test_cost_of_the_pages_own_case(job: str, capsys: pytest.CaptureFixture[str]
 def test_render_prints_the_file_and_nothing_else(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["site", "render", job, "--site", "saga"]) == Exit.OK
     out = capsys.readouterr().out
-    assert out.startswith("#!/bin/bash\n#SBATCH --job-name=brain\n") and "#SBATCH --gpus-per-node=2\n" in out
+    assert out.startswith("#!/bin/bash\n#SBATCH --job-name=permed-JOB-0001\n") and "--gpus-per-node=2\n" in out
+    assert out.endswith("/jobs/JOB/attempts/0001\n") and " -m permed_compute.execution.allocation " in out
 
 
 def test_render_refuses_what_check_refuses(job: str) -> None:
