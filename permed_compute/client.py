@@ -29,6 +29,7 @@ from permed_compute.execution.controller import Controller, ended
 from permed_compute.execution.delegated import Delegated, Word
 from permed_compute.execution.device import local_node
 from permed_compute.execution.port import Attempt, Executor
+from permed_compute.governance.desk import Desk
 from permed_compute.paths import HomePaths, JobPaths, replacing
 from permed_compute.queue.events import Anchor
 from permed_compute.queue.port import Event, Job, Queue, wall_clock
@@ -178,6 +179,7 @@ class _Lead:
     settings: Settings
     queue: Queue
     picture: Picture
+    desk: Desk
     _controller: Controller | None = None
     _executor: Executor | None = None
     _runs: bool = False
@@ -197,7 +199,10 @@ class _Lead:
                 spool.put(record_of(job, state, home.job(job.id), wall_clock()))
 
             executor = self.executor()
-            controller = Controller(self.queue, executor, home, self.settings, announce=announce, picture=self.picture)
+            controller = Controller(
+                self.queue, executor, home, self.settings, announce=announce, picture=self.picture,
+                clear=self.desk.clear_launch,
+            )  # fmt: skip
             controller.lead()
             self._controller = controller
         return self._controller
@@ -299,13 +304,14 @@ def open_client(settings: Settings | None = None) -> Iterator[Client]:
         stack.callback(queue.close)
         picture = Picture(queue, grace_ms=settings.grace * 1000)
         _bind_site(settings, queue)
-        lead = _Lead(settings, queue, picture)
+        desk = _desk(settings, queue, picture)
+        lead = _Lead(settings, queue, picture, desk)
         stack.callback(lead.close)
 
         def service_for(caller: Caller) -> JobService:
             return JobService(
                 queue, caller, lead.nodes, picture, settings.grace * 1000, wake=lead.wake, fits=lead.fits,
-                queued=lead.queued, engine_says=lead.says,
+                queued=lead.queued, engine_says=lead.says, desk=desk,
             )  # fmt: skip
 
         def on_call(peer: Peer, call: str, args: Mapping[str, Any]) -> Any:
@@ -318,6 +324,13 @@ def open_client(settings: Settings | None = None) -> Iterator[Client]:
         if settings.executor == "slurm":
             lead.catch_up()
         yield Client(settings, service_for(me), queue, lead)
+
+
+def _desk(settings: Settings, queue: Queue, picture: Picture) -> Desk:
+    def entity_of(account: str) -> str:
+        return picture.look().policy(wall_clock())[0].fact(account, "legal_entity")
+
+    return Desk(queue, settings.paths, lambda: picture.look().models, entity_of)
 
 
 def _site_at_home(settings: Settings) -> str:
@@ -441,6 +454,13 @@ class RemoteService:
 
     def preempt(self, job_id: str) -> Job:
         return self._job("preempt", job_id)
+
+    def model(self, action: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        row: Mapping[str, Any] = self.gateway.call("model", action=action, data=data)
+        return row
+
+    def models(self) -> list[dict[str, Any]]:
+        return list(self.gateway.call("models"))
 
     def admin(self, reason: str, data: Mapping[str, Any]) -> Event:
         return event_from_row(self.gateway.call("admin", reason=reason, data=data))

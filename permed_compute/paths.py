@@ -66,6 +66,11 @@ class HomePaths:
         return self.root / "cache"
 
     @property
+    def models(self) -> Path:
+        """Evidence and cards of validated models, one file each by digest."""
+        return self.root / "models"
+
+    @property
     def spool(self) -> Path:
         return self.root / "spool"
 

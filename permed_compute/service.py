@@ -16,9 +16,10 @@ from permed_compute.admission.snapshot import Node, waiting_of
 from permed_compute.admission.top import Standing, standing
 from permed_compute.errors import NotFoundError, PermissionDeniedError, Problem, SpecError, StaleError, StateError
 from permed_compute.execution.delegated import Word
+from permed_compute.governance.desk import Desk, Person
 from permed_compute.queue.port import Clock, Event, Job, Move, Queue, new_ids, wall_clock
 from permed_compute.queue.rows import event_row, job_row
-from permed_compute.spec import JobSpec, from_json
+from permed_compute.spec import JobSpec, Purpose, from_json
 from permed_compute.states import ENDED, JobState
 
 _TRIES = 10
@@ -63,6 +64,8 @@ class Service(Protocol):
     def preview(self, spec: JobSpec) -> Mapping[str, Any]: ...
     def preempt(self, job_id: str) -> Job: ...
     def admin(self, reason: str, data: Mapping[str, Any]) -> Event: ...
+    def model(self, action: str, data: Mapping[str, Any]) -> Mapping[str, Any]: ...
+    def models(self) -> list[dict[str, Any]]: ...
     def events(self, *, job_id: str | None = None, after: int = 0, limit: int | None = None) -> list[Event]: ...
 
 
@@ -84,14 +87,19 @@ class JobService:
     """Told of new jobs before anybody looks at them."""
     engine_says: Callable[[Job], Word | None] = lambda job: None
     """Of an engine that places jobs itself: what it says of one that it has."""
+    desk: Desk | None = None
+    """The gate between models and patients; without one nothing is taken for care."""
 
     def submit(self, specs: Sequence[JobSpec], *, held: bool = False) -> list[Job]:
-        """Durable when this returns. Raises `NotFoundError` for a dependency that does not exist, and
-        `PermissionDeniedError` for an account, band or purpose that the policy does not give to the caller."""
+        """Durable when this returns. Raises `NotFoundError` for a dependency that does not exist,
+        `PermissionDeniedError` for an account, band or purpose that the policy does not give to the caller, and
+        `ModelRefusedError` for care with a model that was not validated and promoted for it."""
         policy = self._policy()
         for spec in specs:
             check(policy, spec, self.caller.name, self.caller.groups, self.clock())
             self.fits(spec)
+            if spec.purpose is Purpose.CARE:
+                self._at_desk().clear_submission(spec, self.caller.name)
             for other in spec.dependencies:
                 self.queue.job(other)
         jobs = self.queue.submit(specs, owner=self.caller.name, held=held)
@@ -162,6 +170,8 @@ class JobService:
         snapshot, policy, _ = self._seen().see(now, self._nodes())
         check(policy, spec, self.caller.name, self.caller.groups, now)
         self.fits(spec)
+        if spec.purpose is Purpose.CARE:
+            self._at_desk().clear(spec)
         first = spec.element(0) if spec.array else spec
         job = Job(new_ids(now, 1)[0], first, JobState.QUEUED, 1, 2**62, self.caller.name, 0, "preview", now, now, 0)
         states = {other: self.queue.job(other).state for other in first.dependencies}
@@ -209,6 +219,21 @@ class JobService:
         self.wake()
         return event
 
+    def model(self, action: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Validate, promote, retire a model, or record an issue (`governance.desk`); the record as it then stands."""
+        return self._at_desk().rule(action, data, Person(self.caller.name, self.caller.operator))
+
+    def models(self) -> list[dict[str, Any]]:
+        """All records of validated models."""
+        return self._at_desk().rows()
+
+    def _at_desk(self) -> Desk:
+        if self.desk is None:
+            raise PermissionDeniedError(
+                "No model can be cleared for care here.", remedy="Submit through the home's controller."
+            )
+        return self.desk
+
     def _operator(self, what: str) -> None:
         if not self.caller.operator:
             raise PermissionDeniedError(
@@ -255,7 +280,7 @@ class JobService:
 
 _CALLS = (
     "submit", "job", "jobs", "cancel", "hold", "release", "resume", "why", "events", "top", "preview", "preempt",
-    "admin",
+    "admin", "model", "models",
 )  # fmt: skip
 
 
@@ -282,6 +307,10 @@ def handle(service_for: Callable[[Any], JobService], caller: Any, call: str, arg
         return service.top().as_dict()
     if call == "preview":
         return service.preview(_spec(values["spec"]))
+    if call == "model":
+        return dict(service.model(values["action"], values["data"]))
+    if call == "models":
+        return service.models()
     if call == "admin":
         return event_row(service.admin(values["reason"], values["data"]))
     return job_row(getattr(service, call)(values["job_id"]))

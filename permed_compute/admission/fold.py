@@ -29,6 +29,7 @@ from permed_compute.admission.snapshot import (
     waiting_of,
 )
 from permed_compute.admission.usage import Decayed
+from permed_compute.governance.records import Register
 from permed_compute.queue.port import Event, Job, Queue
 from permed_compute.spec import JobSpec
 from permed_compute.states import LIVE, JobState
@@ -54,6 +55,7 @@ class State:
     drained: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     windows: tuple[Window, ...] = ()
+    models: Register = field(default_factory=Register)
     _usage: Decayed | None = None
     _held: dict[str, tuple[str, dict[str, int], int]] = field(default_factory=dict)
     _live: dict[str, Reservation | None] = field(default_factory=dict)
@@ -178,6 +180,8 @@ class State:
             case "checkpoint" if event.job_id in self._live:
                 self._kept[event.job_id] = int(data["at"])
                 self._live[event.job_id] = None
+            case _:
+                self.models.apply(event)
 
 
 def fold(events: Iterable[Event], spec_of: SpecOf, *, grace_ms: int = 30_000) -> State:

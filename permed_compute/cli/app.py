@@ -23,6 +23,7 @@ from permed_compute.cli import (
     gc,
     jobs,
     logs,
+    model,
     quota,
     radiology,
     report,
@@ -70,6 +71,7 @@ app.add_typer(report.app, name="report")
 app.add_typer(audit.app, name="audit")
 app.add_typer(frequency.app, name="frequency")
 app.add_typer(radiology.app, name="radiology")
+app.add_typer(model.app, name="model")
 app.add_typer(site.app, name="site")
 if find_spec("permed_compute.cli.bench") is not None:
     from permed_compute.cli import bench

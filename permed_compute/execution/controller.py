@@ -22,7 +22,7 @@ from permed_compute.admission.decide import decide
 from permed_compute.admission.demand import demand
 from permed_compute.admission.fold import Picture, node_row
 from permed_compute.admission.snapshot import Node, Plan, Policy, grants_of, open_questions
-from permed_compute.errors import EngineError, LeaseLostError, PermedError, StaleError
+from permed_compute.errors import EngineError, LeaseLostError, ModelRefusedError, PermedError, StaleError
 from permed_compute.execution import failure, records
 from permed_compute.execution.context import raise_fence
 from permed_compute.execution.delegated import Delegated, EngineAwayError, pauses
@@ -30,6 +30,7 @@ from permed_compute.execution.port import Attempt, Executor, Liveness, Scaling
 from permed_compute.paths import HomePaths, read_json, write_json
 from permed_compute.queue.port import Clock, Job, Lease, Move, Queue, wall_clock
 from permed_compute.settings import Settings
+from permed_compute.spec import Purpose
 from permed_compute.states import ENDED, LIVE, JobState
 from permed_compute.storage import checkpoints
 
@@ -54,6 +55,19 @@ class Announce(Protocol):
     def __call__(self, job: Job, state: JobState, exit_record: Mapping[str, Any] | None) -> None: ...
 
 
+class Clear(Protocol):
+    """May this job's model be used? Returns the digest that was cleared, '' where none is used for care; raises
+    `ModelRefusedError`. Asked at every launch."""
+
+    def __call__(self, job: Job, actor: str) -> str: ...
+
+
+def _no_gate(job: Job, actor: str) -> str:
+    if job.spec.purpose is Purpose.CARE:
+        raise ModelRefusedError("This controller has no register of models.", rule="model-unvalidated")
+    return ""
+
+
 def _nobody(job: Job, state: JobState, exit_record: Mapping[str, Any] | None) -> None:
     return None
 
@@ -68,6 +82,7 @@ class Controller:
     settings: Settings
     clock: Clock = wall_clock
     announce: Announce = _nobody
+    clear: Clear = _no_gate
     picture: Picture | None = None
     """The folded log, where others of this process look at it too."""
     policy: Policy = field(default_factory=Policy)
@@ -226,7 +241,11 @@ class Controller:
     # ------------------------------------------------------------------------------------- launch
 
     def _launch(self, job: Job) -> bool:
-        attempt = self._attempt(job, job.attempt + 1)
+        try:
+            model = self.clear(job, self.name)
+        except ModelRefusedError as error:
+            return self._refuse(job, error)
+        attempt = replace(self._attempt(job, job.attempt + 1), model=model)
         if attempt.paths.root.exists():  # of a launch that was withdrawn before anything ran
             attempt.paths.exit.unlink(missing_ok=True)
             attempt.paths.stop.unlink(missing_ok=True)
@@ -234,6 +253,14 @@ class Controller:
         raise_fence(attempt.paths)
         job = self._move(job, JobState.LAUNCHING, "launching", attempt=attempt.number, started_at=0)
         return self._start(job, attempt)
+
+    def _refuse(self, job: Job, error: ModelRefusedError) -> bool:
+        """What was cleared at submission no longer is: the job gives its place back and fails, in one transaction."""
+        remedy = f"{error.remedy} Then: permed resume {job.id}".strip()
+        told = {**_without_grants(job), "sentence": error.message, "remedy": remedy}
+        back = Move(job.id, job.version, JobState.QUEUED, error.code, self.name, self.policy.version, detail=told)
+        self.queue.apply([back, replace(back, version=job.version + 1, to=JobState.FAILED)], lease=self.lease)
+        return True
 
     def _start(self, job: Job, attempt: Attempt) -> bool:
         self._launched.add(attempt.name)

@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from permed_compute.errors import Finding, PermedError, StaleError, WorkloadError
+from permed_compute.errors import Finding, ModelRefusedError, PermedError, StaleError, WorkloadError
 from permed_compute.execution import failure, results
 from permed_compute.execution.context import WorkerContext
 from permed_compute.execution.delegated import paused_file, pauses
@@ -165,6 +165,11 @@ class _Drive:
         state_file = self.attempt.paths.job.state / "round.json"
         saved = read_json(state_file) or {"round": 0, "state": {}}
         model = work.model_digest(spec, ctx)
+        if self.attempt.model and model != self.attempt.model:
+            raise ModelRefusedError(
+                f"The model has become another ({model[:16]}) since {self.attempt.model[:16]} was cleared for care.",
+                rule="model-changed", remedy="Put the validated one back, then `permed resume`.",
+            )  # fmt: skip
         while True:
             with ctx.stage("plan"):
                 parts = _named_once(list(work.plan(spec, saved["state"], ctx)))

@@ -63,6 +63,7 @@ KINDS = {
 comes before these words."""
 
 REASONS = {name: (kind.sentence, kind.remedy) for name, kind in KINDS.items()} | {
+    "model-refused": ("Its model may not be used on patients.", "`permed why` says what would mend it."),
     "time-limit": ("It reached its time limit.", "Raise time_limit, then `permed resume`: finished parts are kept."),
     "continued": ("It reached its time limit and goes on from its checkpoint.", "Nothing: it will."),
     "preempted": ("It gave way to other work.", "Nothing: it goes on from its checkpoint when its turn comes."),

@@ -40,6 +40,8 @@ class Attempt:
     paths: AttemptPaths
     policy: str = ""
     """Version of the policy that admitted it."""
+    model: str = ""
+    """Digest of the model that was cleared for care: the driver refuses any other."""
 
     @property
     def name(self) -> str:
@@ -52,7 +54,7 @@ class Attempt:
             self.paths.launch,
             {
                 "job_id": self.job_id, "number": self.number, "spec": self.spec.canonical(), "why": self.why,
-                "policy": self.policy,
+                "policy": self.policy, "model": self.model,
                 "home": str(self.home), "grants": [asdict(grant) for grant in self.grants],
             },
         )  # fmt: skip
@@ -66,8 +68,9 @@ class Attempt:
         grants = tuple(Grant.from_row(grant) for grant in row["grants"])
         spec = from_json(row["spec"])
         return cls(
-            row["job_id"], row["number"], spec, grants, row["why"], Path(row["home"]), paths, row.get("policy", "")
-        )
+            row["job_id"], row["number"], spec, grants, row["why"], Path(row["home"]), paths, row.get("policy", ""),
+            row.get("model", ""),
+        )  # fmt: skip
 
 
 class Executor(Protocol):

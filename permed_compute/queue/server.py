@@ -229,6 +229,7 @@ _KINDS = _kinds(errors.PermedError)
 _MORE: dict[str, Callable[[Any], Any]] = {
     "problems": lambda rows: tuple(Problem(**row) for row in rows),
     "source": str,
+    "rule": str,
     "seq": int,
     "finding": lambda row: Finding(**row),
 }

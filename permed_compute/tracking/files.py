@@ -50,6 +50,7 @@ class Spool:
                 name: [(int(step), float(value), int(at)) for step, value, at in points]
                 for name, points in row["metrics"].items()
             }
+            row["models"] = tuple(row.get("models", ()))
             return RunRecord(**row)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RecordRefusedError(

@@ -24,12 +24,15 @@ from permed_compute.tracking.port import RecordRefusedError, RunRecord
 JOB_TAG = "permed.job"
 """A run is found again by it: one run per job, however often its record is sent."""
 STATE_TAG = "permed.state"
+DIGEST_TAG = "permed.digest"
+"""Of a registered version: the bundle's, by which the gate to clinical use knows it."""
 _SENT_TAG = "permed.record"  # digest of the record that was sent completely; written last
 
 _STATUS = {"SUCCEEDED": "FINISHED", "PARTIAL": "FINISHED", "CANCELLED": "KILLED"}  # everything else: FAILED
 
 # mlflow.utils.validation of 3.17.2
 _PARAM_LENGTH, _TAG_LENGTH, _KEY_LENGTH = 6000, 8000, 250
+_CARD_LENGTH = 5000  # the column of a version's description; the whole card is docs/README.md of its artifacts
 _METRICS_AT_ONCE, _PARAMS_AT_ONCE = 1000, 100
 
 _PROBE_SECONDS = 3.0
@@ -74,6 +77,8 @@ class MlflowTracker:
             digest = _digest(record)
             if run.data.tags.get(_SENT_TAG) != digest:
                 self._fill(client, run, record)
+                for model in record.models:
+                    _register(client, run, model)
                 client.set_tag(run.info.run_id, _SENT_TAG, digest)
             return self._where(experiment, run.info.run_id)
 
@@ -163,6 +168,26 @@ class MlflowTracker:
         return f"{_shown(self.uri)} run {run_id}"
 
 
+def _register(client: Any, run: Any, model: Mapping[str, Any]) -> None:
+    """A version of the registered model: the run's folder, its card as description. Once per run and digest."""
+    from mlflow.exceptions import MlflowException
+
+    name = re.sub(r"[/:]", ".", model["name"])[:_KEY_LENGTH]
+    try:
+        client.create_registered_model(name, tags={JOB_TAG: model["tags"][JOB_TAG]})
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    known = client.search_model_versions(f"name = '{name}' and run_id = '{run.info.run_id}'")
+    if any(version.tags.get(DIGEST_TAG) == model["digest"] for version in known):
+        return
+    source = f"{run.info.artifact_uri.rstrip('/')}/{model['folder']}"
+    client.create_model_version(
+        name, source, run.info.run_id, description=_text(model["card"], _CARD_LENGTH),
+        tags={_key(key): str(value)[:_TAG_LENGTH] for key, value in model["tags"].items()},
+    )  # fmt: skip
+
+
 def _send_artifacts(client: Any, run_id: str, artifacts: Sequence[str]) -> int:
     """Copy files and folders, keeping their places below the folder they share. Returns how many were left out:
     gone since (`permed gc`), links (they may lead out of the results), names that MLflow does not take."""
@@ -213,7 +238,8 @@ def _text(value: Any, length: int) -> str:
 
 def _digest(record: RunRecord) -> str:
     parts: Mapping[str, Any] = {
-        name: getattr(record, name) for name in ("state", "ended_at", "params", "metrics", "tags", "artifacts")
+        name: getattr(record, name)
+        for name in ("state", "ended_at", "params", "metrics", "tags", "artifacts", "models")
     }
     return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

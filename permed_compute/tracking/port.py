@@ -30,6 +30,8 @@ class RunRecord:
     metrics: Mapping[str, Sequence[tuple[int, float, int]]] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     artifacts: Sequence[str] = ()
+    models: Sequence[Mapping[str, Any]] = ()
+    """To be registered, each: name, folder (among the artifacts), digest, card (Markdown), tags."""
 
 
 class RecordRefusedError(EngineError):

@@ -10,6 +10,8 @@ from permed_compute.queue.port import Job
 from permed_compute.states import JobState
 from permed_compute.tracking.port import RunRecord
 
+BUNDLE = "bundle"
+"""The folder in which a training leaves its model."""
 _NOT_SENT = ("parts",)  # part folders can be large and personal: they stay in the results, tracking gets the rest
 
 
@@ -33,6 +35,28 @@ def record_of(job: Job, state: JobState, paths: JobPaths, ended_at: int) -> RunR
         params=_params(job, manifest), metrics=metrics, tags=_tags(job, manifest),
         artifacts=tuple(str(path) for path in sorted(paths.results.glob("*")) if path.name not in _NOT_SENT)
         if manifest else (),
+        models=_models(job, paths, result) if manifest and state is JobState.SUCCEEDED else (),
+    )  # fmt: skip
+
+
+def _models(job: Job, paths: JobPaths, result: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The bundle that a training left, if it says its digest. Accounts do not share a registered model."""
+    folder, values = paths.results / BUNDLE, result.get("values", {})
+    metadata = read_json(folder / "configs" / "metadata.json")
+    if metadata is None or not values.get("bundle_digest"):
+        return ()
+    card = folder / "docs" / "README.md"
+    tags = {
+        "permed.digest": str(values["bundle_digest"]), "permed.job": job.id, "permed.account": job.spec.account,
+        "permed.figures": str(values.get("kind", "")), "permed.legal_entity": job.spec.legal_entity,
+        "permed.data_class": job.spec.data_class.value, "permed.task": str(metadata.get("task", "")),
+    }  # fmt: skip
+    return (
+        {
+            "name": f"{job.spec.account}/{metadata.get('name') or job.spec.name}".replace("/", "."),
+            "folder": BUNDLE, "digest": str(values["bundle_digest"]), "tags": tags,
+            "card": card.read_text(encoding="utf-8") if card.is_file() else "",
+        },
     )  # fmt: skip
 
 

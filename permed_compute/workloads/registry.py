@@ -26,7 +26,9 @@ CATALOG = {
     "radiology/brain-extraction": "permed_compute.workloads.radiology.infer:WORKLOAD",
     "radiology/evaluate": "permed_compute.workloads.radiology.evaluate:WORKLOAD",
     "radiology/ingest": "permed_compute.workloads.radiology.ingest:WORKLOAD",
+    "radiology/radiomics": "permed_compute.workloads.radiology.characterise:WORKLOAD",
     "radiology/segment": "permed_compute.workloads.radiology.segment:WORKLOAD",
+    "radiology/third-party": "permed_compute.workloads.radiology.third_party:WORKLOAD",
     "radiology/train-segmentation": "permed_compute.workloads.radiology.train:WORKLOAD",
     "radiology/worklist": "permed_compute.workloads.radiology.worklist:WORKLOAD",
 }

@@ -37,6 +37,7 @@ def test_what_is_read_back_is_what_was_put(tmp_path: Path) -> None:
         metrics={"loss": [(0, 1.5, 10), (1, 0.5, 20)]},
         tags={"kind": "test"},
         artifacts=[str(tmp_path / "a.html")],
+        models=({"name": "local.net", "folder": "bundle", "digest": "d", "card": "# net", "tags": {}},),
     )
     assert spool.read(spool.put(whole)) == whole
 

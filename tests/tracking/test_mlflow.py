@@ -161,6 +161,48 @@ def test_sending_twice_changes_nothing(home: HomePaths, record: RunRecord) -> No
     assert_complete(tracker.uri, record)
 
 
+def bundled(record: RunRecord, results: Path) -> RunRecord:
+    """The record of a training that left a bundle with its card."""
+    (results / "bundle" / "docs").mkdir(parents=True)
+    (results / "bundle" / "docs" / "README.md").write_text("# lesions\nDice 0.87 of held-out patients\n")
+    tags = {"permed.digest": "d" * 64, "permed.job": record.job_id, "permed.legal_entity": "ous"}
+    name = f"helse:ous/lesions-{record.job_id}"
+    card = "# lesions\n" + "x" * 6000
+    model = {"name": name, "folder": "bundle", "digest": "d" * 64, "card": card, "tags": tags}
+    return replace(record, artifacts=[*record.artifacts, str(results / "bundle")], models=(model,))
+
+
+def assert_registered(uri: str, record: RunRecord, tmp_path: Path) -> None:
+    """One version, with its card, its digest, and the run's own files."""
+    import mlflow
+
+    client, [run] = client_of(uri), runs_of(uri, record)
+    name = f"helse.ous.lesions-{record.job_id}"
+    [version] = client.search_model_versions(f"name = '{name}'")
+    assert version.run_id == run.info.run_id and version.tags["permed.digest"] == "d" * 64
+    assert version.tags["permed.legal_entity"] == "ous" and version.description.startswith("# lesions")
+    assert len(version.description) == 5000, "MLflow's column"
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    try:
+        card = mlflow.artifacts.download_artifacts(f"models:/{name}/1/docs/README.md", dst_path=str(tmp_path))
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert "held-out patients" in Path(card).read_text()
+
+
+def test_a_trained_bundle_is_a_version_in_the_registry_with_its_card(
+    home: HomePaths, record: RunRecord, results: Path, tmp_path: Path
+) -> None:
+    made = bundled(record, results)
+    tracker = embedded(home)
+    tracker.send(made)
+    tracker.send(made)
+    tracker.send(replace(made, tags={"permed.account": "changed"}))
+    (tmp_path / "down").mkdir()
+    assert_registered(tracker.uri, made, tmp_path / "down")
+
+
 def test_a_sending_that_broke_off_is_completed(
     home: HomePaths, record: RunRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,3 +331,14 @@ def test_the_server_dies_and_comes_back_within_one_process(
     mlflow_server.start()
     assert drain(spool, tracker).left == 0
     assert_complete(mlflow_server.uri, record)
+
+
+def test_a_server_registers_a_trained_bundle_too(
+    mlflow_server: MlflowServer, record: RunRecord, results: Path, tmp_path: Path
+) -> None:
+    if mlflow_server.process is None:
+        mlflow_server.start()
+    made = bundled(record, results)
+    MlflowTracker(mlflow_server.uri).send(made)
+    (tmp_path / "down").mkdir()
+    assert_registered(mlflow_server.uri, made, tmp_path / "down")

@@ -36,7 +36,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from permed_compute.errors import EngineError, NotFoundError, PermedError, WorkloadError
+from permed_compute.errors import NotFoundError, PermedError, WorkloadError
 from permed_compute.workloads.radiology import precision, sealed, sliding
 from permed_compute.workloads.radiology.sliding import Decision, Grid, Windows
 
@@ -105,11 +105,8 @@ def check(
     """
     if not (root / CONFIG).is_file():
         raise NotFoundError("The bundle has no configs/inference.json.", remedy="Give the folder of a MONAI bundle.")
-    files = sorted(path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    if len(files) > _MOST_FILES or any(not path.resolve().is_relative_to(root.resolve()) for path in files):
-        raise WorkloadError("The bundle holds too many files, or links out of itself.", remedy="Copy it as it came.")
-    digests = {str(path.relative_to(root)): (digest_of or _sha256)(path) for path in files}
-    digest = hashlib.sha256("".join(f"{name}\0{value}\n" for name, value in digests.items()).encode()).hexdigest()
+    digests = _digests(root, digest_of)
+    digest = _of_all(digests)
     if expected and digest != expected:
         raise WorkloadError(
             f"The bundle's digest is {digest}, not {expected}.", remedy="Fetch it again, or write the new digest."
@@ -117,6 +114,22 @@ def check(
     for name in weights:
         _check_weights(root, name, digests)
     return Checked(root, digest)
+
+
+def folder_digest(root: Path, digest_of: Callable[[Path], str] | None = None) -> str:
+    """Of every file's path and bytes. Raises `WorkloadError`."""
+    return _of_all(_digests(root, digest_of))
+
+
+def _digests(root: Path, digest_of: Callable[[Path], str] | None) -> dict[str, str]:
+    files = sorted(path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    if len(files) > _MOST_FILES or any(not path.resolve().is_relative_to(root.resolve()) for path in files):
+        raise WorkloadError("The bundle holds too many files, or links out of itself.", remedy="Copy it as it came.")
+    return {str(path.relative_to(root)): (digest_of or _sha256)(path) for path in files}
+
+
+def _of_all(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name}\0{value}\n" for name, value in digests.items()).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -486,7 +499,7 @@ class Sealed:
         with (self.folder / "log").open("wb") as errors:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(give,),
-                env=_environment(self.folder, self._threads), cwd=self.folder, start_new_session=True,
+                env=sealed.environment(self.folder, self._threads), cwd=self.folder, start_new_session=True,
             )  # fmt: skip
         os.close(give)
         self._answers = os.fdopen(answer, encoding="utf-8", errors="replace")
@@ -540,12 +553,7 @@ class Sealed:
     def _lost(self) -> PermedError:
         status = self._end()
         if status == sealed.UNSEALED:
-            reason = (self.folder / "log").read_text(encoding="utf-8", errors="replace")
-            reason = next((line for line in reason.splitlines() if line.startswith("not sealed: ")), "not sealed")
-            return EngineError(
-                f"This machine cannot seal code that nobody vouches for ({reason.removeprefix('not sealed: ')}).",
-                remedy="Run where Linux is 6.2 or later on x86-64, or let an operator allow the bundle's digest.",
-            )
+            return sealed.cannot(self.folder / "log")
         return WorkloadError(
             f"The sealed bundle ended (status {status}): it broke, or tried what it may not.",
             remedy="If it is trusted, an operator can allow its digest.",
@@ -585,17 +593,10 @@ def _told(error: Any) -> PermedError:
     return kind(f"In the sealed bundle: {text}")
 
 
-def _environment(folder: Path, threads: int) -> dict[str, str]:
-    """Nothing of the caller's: variables hold tokens."""
-    kept = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH") if name in os.environ}
-    threading = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    places = {name: str(folder) for name in ("HOME", "TMPDIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")}
-    return {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", **kept, **threading, **places}
-
-
 def main(arguments: list[str]) -> int:
     """Inside the sealed process: set up from the first line of stdin, then a study per line, until it is closed."""
     folder = Path.cwd()
+    sys.pycache_prefix = str(folder / "pycache")  # compiled files in the bundle's folder are not in its digest
     with os.fdopen(int(arguments[0]), "w", encoding="utf-8") as answers:
         runner: Plain | None = None
         for line in sys.stdin:

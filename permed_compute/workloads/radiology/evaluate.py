@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from permed_compute.errors import Finding, Problem, RefusedInput, SpecError, WorkloadError
+from permed_compute.learning.evidence import UNSAID
 from permed_compute.paths import write_json
 from permed_compute.spec import JobSpec
 from permed_compute.workloads.port import Context, DonePart, Map, Part, PartResult, Result
@@ -44,7 +45,6 @@ CASES = "cases"
 PICTURE, PAGE, SUMMARY = "worst.png", "evaluation.html", "evaluation.json"
 VERSION = "1"
 TRAITS = ("site", "scanner", "sex", "age")
-UNSAID = "not said"
 
 _PARAMS: dict[str, Any] = {
     "models": [], "nsd_mm": 2.0, "lesions": 0, "iou": lesions.IOU, "least_ml": 0.0, "age_edges": [18, 40, 65, 80],
@@ -250,8 +250,9 @@ def _scored(case: Case, name: str, predicted: np.ndarray) -> dict[str, Any]:
 def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) -> Result:
     """The page, its figures as JSON, and the pictures of the worst cases."""
     params, given = params_of(ctx.spec.params), listed(ctx.spec, ctx)
+    parts = list(plan(ctx.spec, state, ctx))
     traits = {}
-    for part, row in zip(plan(ctx.spec, state, ctx), given.rows, strict=True):
+    for part, row in zip(parts, given.rows, strict=True):
         traits[part.name] = traits_of(row, params["age_edges"])
     rows = [
         evaluation.Row(done.part.name, done.part.subject, traits[done.part.name], done.values["models"])
@@ -269,6 +270,7 @@ def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) 
         shutil.copyfile(folders[case["case"]] / PICTURE, ctx.out / case["picture"])
         figures.append((case["picture"], f"{case['case']}: {case['structure']}, Dice {case['dice']:.3f}"))
     write_json(ctx.out / SUMMARY, report)
+    evaluation.evidence_of(report, [dict(zip(p.params["roles"], p.inputs, strict=True)) for p in parts]).write(ctx.out)
     evaluation.write_page(report, ctx.out, ctx.spec.name, PAGE)
     overall = report["models"][given.models[0]]
     metrics = {

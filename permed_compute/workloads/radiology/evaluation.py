@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from permed_compute.learning.evidence import Evidence, Figure, digest_of
 from permed_compute.paths import replacing
 from permed_compute.reports.html import render
 from permed_compute.workloads.radiology import calibration, statistics
@@ -170,6 +171,45 @@ def _compared(rows: Sequence[Row], structures: Mapping[int, str], first: str, ot
 
 def _dict(told: Any) -> dict[str, Any] | None:
     return None if told is None else asdict(told)
+
+
+# ------------------------------------------------------------------------------------------------ what it is worth
+
+
+def evidence_of(report: Mapping[str, Any], contents: Sequence[Mapping[str, str]]) -> Evidence:
+    """The report in the words that every domain shares. contents: content digests of each case of the list, by role
+    (`label`, `image`, `predicted MODEL`)."""
+    models = list(report["models"])
+    figures = [figure for model in models for figure in _overall_figures(report, model)]
+    for row in report["subgroups"]:
+        own = report["model"], row["structure"], row["cases"], row["patients"]
+        figures += _figures(row, row["missed"], *own, row["trait"], row["group"])
+    return Evidence(
+        digest_of(f"{roles.get('label', '')} {roles.get('image', '')}" for roles in contents),
+        report["cases"], report["patients"], len(report["unscored"]),
+        {model: tuple(d for roles in contents if (d := roles.get(f"predicted {model}"))) for model in models},
+        tuple(figures),
+    )  # fmt: skip
+
+
+def _overall_figures(report: Mapping[str, Any], model: str) -> list[Figure]:
+    told, people = report["models"][model], (report["cases"], report["patients"])
+    found = [Figure(model, "missed structures", False, float(told["missed"]), None, None, *people)]
+    for label, row in told["structures"].items():
+        found += _figures(row, row["counts"]["missed"], model, report["names"][label], *people)
+    return found
+
+
+def _figures(
+    row: Mapping[str, Any], missed: int, model: str, structure: str, cases: int, patients: int,
+    trait: str = "", group: str = "",
+) -> list[Figure]:  # fmt: skip
+    found = [Figure(model, f"missed of {structure}", False, float(missed), None, None, cases, patients, trait, group)]
+    for metric in METRICS:
+        if row[metric] is not None:
+            name = f"{metric} of {structure}"
+            found.append(Figure(model, name, HIGHER_IS_BETTER[metric], **row[metric], trait=trait, group=group))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ what is seen

@@ -31,6 +31,8 @@ from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
+from permed_compute.errors import EngineError
+
 UNSEALED = 97
 """Exit status: the process could not seal itself; nothing was run."""
 
@@ -167,6 +169,24 @@ def _prove(folder: Path) -> None:
         return
     beside.unlink()
     raise UnsealedError("a file outside the folder can still be written")
+
+
+def environment(folder: Path, threads: int) -> dict[str, str]:
+    """Variables for a sealed process: nothing of the caller's, which may hold tokens."""
+    kept = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH") if name in os.environ}
+    threading = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    places = {name: str(folder) for name in ("HOME", "TMPDIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")}
+    return {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", **kept, **threading, **places}
+
+
+def cannot(log: Path) -> EngineError:
+    """What to say of a process that ended with `UNSEALED`. log: what it wrote to stderr."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    reason = next((line for line in lines if line.startswith("not sealed: ")), "not sealed")
+    return EngineError(
+        f"This machine cannot seal code that nobody vouches for ({reason.removeprefix('not sealed: ')}).",
+        remedy="Run where Linux is 6.2 or later on x86-64, or let an operator allow the bundle's digest.",
+    )
 
 
 def main(arguments: list[str]) -> int:

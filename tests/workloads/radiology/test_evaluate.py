@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from permed_compute.errors import SpecError, WorkloadError
+from permed_compute.learning import evidence
 from permed_compute.spec import JobSpec
 from permed_compute.testing.context import Outcome, run_map
 from permed_compute.workloads.radiology import nifti
@@ -105,6 +107,26 @@ def test_a_prediction_that_cannot_be_used_missed_everything(given: dict[str, Any
     assert figures(outcome, "1")["counts"] == {"found": CASES - 1, "missed": 1, "invented": 0, "absent": 0}
     [finding] = [finding for done in outcome.done for finding in done.findings]
     assert finding.code == "PREDICTION_UNUSABLE" and unusable == finding.about
+
+
+def test_what_it_found_is_evidence_for_the_gate(given: dict[str, Any]) -> None:
+    (given["folder"] / "p2.nii").unlink()
+    outcome = run(given)
+    told, found = outcome.result.values, evidence.read(outcome.context.out)
+    assert (found.cases, found.patients, found.unscored) == (CASES, CASES, 0)
+    digests = {hashlib.sha256((given["folder"] / f"p{n}.nii").read_bytes()).hexdigest() for n in range(CASES) if n != 2}
+    assert set(found.predictions["ours"]) == digests and len(found.predictions["theirs"]) == CASES
+    by_name = {(f.model, f.measure, f.trait, f.group): f for f in found.figures}
+    lesion = figures(outcome)
+    assert by_name["ours", "dice of lesion", "", ""].low == lesion["dice"]["low"]
+    assert by_name["ours", "missed of lesion", "", ""].mean == lesion["counts"]["missed"] == 1
+    assert by_name["ours", "hd95_mm of organ", "", ""].higher_is_better is False
+    south = next(row for row in told["subgroups"] if row["group"] == "south" and row["structure"] == "organ")
+    assert by_name["ours", "dice of organ", "site", "south"].mean == south["dice"]["mean"]
+    assert by_name["ours", "dice of organ", "site", "south"].patients == 6
+    before = found.dataset
+    nifti.write(np.zeros((16, 14, 10), np.uint8), AFFINE, given["folder"] / "t3.nii")
+    assert evidence.read(run(given, "changed").context.out).dataset != before
 
 
 def test_a_case_without_truth_is_named_too(given: dict[str, Any]) -> None:
