@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from permed_compute.admission.commit import rows
+from permed_compute.admission.commit import OF_ONE_ATTEMPT, rows
 from permed_compute.admission.decide import decide
 from permed_compute.admission.explain import Explanation, explain
 from permed_compute.admission.fold import Picture
@@ -20,7 +20,7 @@ from permed_compute.governance.desk import Desk, Person
 from permed_compute.queue.port import Clock, Event, Job, Move, Queue, new_ids, wall_clock
 from permed_compute.queue.rows import event_row, job_row
 from permed_compute.spec import JobSpec, Purpose, from_json
-from permed_compute.states import ENDED, JobState
+from permed_compute.states import ENDED, LIVE, JobState
 
 _TRIES = 10
 """A job that the controller moves at the same moment is looked at again this often."""
@@ -129,8 +129,15 @@ class JobService:
         return self._change(job_id, step, "cancelled-by-user")
 
     def hold(self, job_id: str) -> Job:
-        """Keep a queued job from starting."""
-        return self._change(job_id, lambda job: None if job.state is JobState.HELD else JobState.HELD, "held-by-user")
+        """Keep a queued job from starting. Raises `StateError` for one that has: holding it would give away what its
+        processes still use."""
+
+        def step(job: Job) -> JobState | None:
+            if job.state in LIVE - {JobState.RESERVED}:
+                raise StateError(f"Job {job.id} is {job.state}: it does not wait.", remedy="`permed cancel` ends it.")
+            return None if job.state is JobState.HELD else JobState.HELD
+
+        return self._change(job_id, step, "held-by-user")
 
     def release(self, job_id: str) -> Job:
         """Let a held job wait for its turn again."""
@@ -265,9 +272,10 @@ class JobService:
             to = step(job)
             if to is None:
                 return job
-            detail = {name: job.detail[name] for name in job.detail if name not in _SPENT}
+            spent = _SPENT if fresh else OF_ONE_ATTEMPT if job.state is JobState.RESERVED else ()
+            detail = {name: job.detail[name] for name in job.detail if name not in spent}
             try:
-                move = Move(job.id, job.version, to, reason, self.caller.name, detail=detail if fresh else None)
+                move = Move(job.id, job.version, to, reason, self.caller.name, detail=detail if spent else None)
                 moved = self.queue.apply([move])[0]
             except StaleError:
                 continue

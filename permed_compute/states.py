@@ -48,7 +48,7 @@ ALLOWED: dict[JobState, frozenset[JobState]] = {
     _J.QUEUED: frozenset({_J.QUEUED, _J.RESERVED, _J.HELD, _J.CANCELLED, _J.FAILED}),
     _J.RESERVED: frozenset({_J.LAUNCHING, _J.QUEUED, _J.HELD, _J.CANCELLED}),
     _J.LAUNCHING: frozenset(
-        {_J.RUNNING, _J.QUEUED, _J.FAILED, _J.CANCELLING, _J.UNKNOWN, _J.PREEMPTING, _J.HELD, _J.SUCCEEDED, _J.PARTIAL}
+        {_J.RUNNING, _J.QUEUED, _J.FAILED, _J.CANCELLING, _J.UNKNOWN, _J.PREEMPTING, _J.SUCCEEDED, _J.PARTIAL}
     ),
     _J.RUNNING: frozenset(
         {
@@ -61,13 +61,12 @@ ALLOWED: dict[JobState, frozenset[JobState]] = {
             _J.PREEMPTING,
             _J.UNKNOWN,
             _J.QUEUED,
-            _J.HELD,
         }
     ),
     # A preempted or cancelled attempt may still end by itself before the signal reaches it; what it published counts.
     _J.PREEMPTING: frozenset({_J.QUEUED, _J.HELD, _J.SUCCEEDED, _J.PARTIAL, _J.FAILED, _J.CANCELLING}),
     _J.CANCELLING: frozenset({_J.CANCELLED, _J.SUCCEEDED, _J.PARTIAL, _J.FAILED, _J.TIMED_OUT}),
-    _J.UNKNOWN: frozenset({_J.RUNNING, _J.QUEUED, _J.SUCCEEDED, _J.PARTIAL, _J.FAILED, _J.CANCELLING, _J.HELD}),
+    _J.UNKNOWN: frozenset({_J.RUNNING, _J.QUEUED, _J.SUCCEEDED, _J.PARTIAL, _J.FAILED, _J.TIMED_OUT, _J.CANCELLING}),
     _J.SUCCEEDED: frozenset(),
     # `permed resume` takes an ended job up again; what its ledger holds is not computed twice.
     _J.PARTIAL: frozenset({_J.QUEUED}),
