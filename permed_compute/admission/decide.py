@@ -183,7 +183,11 @@ class _Decision:
             kept = job.promised and all(grant.node in self.cluster.rooms for grant in job.promised)
             (promised if kept else rest).append(job)
         for job in promised:
-            free = all(self._is_free(job, grant) for grant in job.promised)
+            allowed = self._quota_is_free(job)
+            if not allowed and all(held.stoppable for held in self.holders):
+                rest.append(job)  # nobody is about to give back what it lacks: the quota was lowered since
+                continue
+            free = allowed and all(self._is_free(job, grant) for grant in job.promised)
             until = self.now + job.time_limit * 1000 + self.snapshot.grace_ms
             self.cluster.hold(job.promised, until)
             self.tree.add(job.account, used_by(job.promised))
@@ -194,7 +198,16 @@ class _Decision:
                 nodes = {grant.node for grant in job.promised}
                 going = tuple(h.job_id for h in self.holders if any(grant.node in nodes for grant in h.grants))
                 self._wait(job, Reason("preempting", going[:_BLOCKERS]))
-        return rest
+        return sorted(rest, key=attrgetter("seq"))
+
+    def _quota_is_free(self, job: Waiting) -> bool:
+        """A victim uses its quota until it has ended: with other devices free, the preemptor could come before that."""
+        account = self.tree.number.get(job.account)
+        return account is None or all(
+            self.tree.flavors[name].available(account) >= amount
+            for name, amount in used_by(job.promised).items()
+            if amount and name in self.tree.flavors
+        )
 
     def _is_free(self, job: Waiting, grant: Grant) -> bool:
         room = self.cluster.rooms[grant.node]
@@ -636,6 +649,6 @@ def _hold(job: Waiting, now: int) -> Reason | None:
         ended = [dependency for dependency in unmet if dependency.state in ENDED]
         code = "dependency-failed" if ended else "dependency"
         return Reason(code, tuple(dependency.job_id for dependency in ended or unmet))
-    if job.not_before > now:
+    if job.not_before > now and not job.promised:  # its pause was over when it was promised; a clock was set back
         return Reason("back-off", (), {"not_before": job.not_before})
     return None

@@ -69,10 +69,12 @@ class State:
     # ------------------------------------------------------------------------------------- what it says
 
     def policy(self, now: int) -> tuple[Policy, int]:
-        """The policy in force and since when (ms); the open one where none has been applied."""
+        """The policy in force and since when (ms); the open one where none has been applied.
+
+        One that has been applied holds, though the clock was set back since: without it there would be no quotas."""
         for at, policy in reversed(self.policies):
             begins = max(at, policy.effective_from)
-            if begins <= now and (not policy.effective_until or now < policy.effective_until):
+            if begins <= max(at, now) and (not policy.effective_until or now < policy.effective_until):
                 return policy, begins
         return Policy(), 0
 

@@ -14,8 +14,9 @@ from pool import GPU, NOW, account, job, node, policy, reason, running, runs, sn
 
 from permed_compute.admission.commit import stopping_instead
 from permed_compute.admission.decide import decide
+from permed_compute.admission.fold import State
 from permed_compute.admission.quota import Tree
-from permed_compute.admission.snapshot import Gpu, Node, Window
+from permed_compute.admission.snapshot import Gpu, Grant, Node, Window
 from permed_compute.spec import Band
 
 TWO = policy(account("a", 4), account("b", 4))
@@ -258,3 +259,30 @@ def test_the_first_that_waits_for_quota_is_not_passed_by_its_own_account_for_eve
     plan = decide(snapshot([node()], jobs, live), own, NOW)
     assert started(plan) == ["job-3"]
     assert reason(plan, "job-1") == "quota" and reason(plan, "job-2") == "behind"
+
+
+def test_a_preemptor_waits_for_its_victims_quota_though_other_devices_are_free() -> None:
+    strict = policy(account("a", 4), account("b", 4, borrowing_limit=0))
+    mine = tuple(Grant("n1", 1000, 1024, 1000, "h100", (device,)) for device in range(4, 8))
+    urgent = job(1, "b", 1, Band.CLINICAL, workers_min=4, workers_max=4, promised=mine)
+    victim = runs("victim", "b", range(4), band=Band.OPPORTUNISTIC, stoppable=False)
+    plan = decide(snapshot([node()], [urgent], [victim]), strict, NOW)
+    assert not started(plan) and reason(plan, "job-1") == "preempting"
+    assert started(decide(snapshot([node()], [urgent]), strict, NOW)) == ["job-1"]
+
+
+def test_a_promise_lapses_where_the_quota_was_lowered_since() -> None:
+    mine = (Grant("n1", 2000, 1024, 2000, "h100", (4, 5)),)
+    urgent = job(1, "b", 2, Band.CLINICAL, promised=mine)
+    lowered = policy(account("a", 7), account("b", 1, borrowing_limit=0))
+    plan = decide(snapshot([node()], [urgent, job(2, "a", 7)]), lowered, NOW)
+    assert reason(plan, "job-1") == "never-quota" and started(plan) == ["job-2"]
+
+
+def test_a_policy_that_was_applied_holds_though_the_clock_was_set_back() -> None:
+    state = State(lambda job_id: pytest.fail("no job"))
+    state.policies.append((NOW, TWO))
+    assert state.policy(NOW - 3_600_000) == (TWO, NOW)
+    later = replace(TWO, effective_from=NOW + 1000)
+    state.policies.append((NOW, later))
+    assert state.policy(NOW)[0] == TWO and state.policy(NOW + 1000)[0] == later
