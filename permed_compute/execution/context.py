@@ -182,17 +182,28 @@ def _begun(work: Callable[[], Path], *, beside: bool) -> Future[Path]:
 
 
 def check_fence(paths: AttemptPaths) -> None:
-    """Raise `StaleError` where a newer attempt than this one may write (invariant 9)."""
+    """Raise `StaleError` where this attempt may not write any more (invariant 9)."""
+    if fenced_off(paths):
+        raise StaleError(f"Attempt {paths.number} of job {paths.job.job_id} has been given up, or superseded.")
+
+
+def fenced_off(paths: AttemptPaths) -> bool:
+    """Whether the attempt has been given up: only a newer one may write, or start."""
+    return _fence(paths) > paths.number
+
+
+def _fence(paths: AttemptPaths) -> int:
     try:
-        newest = int(paths.job.fence.read_text())
+        return int(paths.job.fence.read_text())
     except FileNotFoundError:
-        newest = paths.number
-    if newest != paths.number:
-        raise StaleError(f"Attempt {paths.number} of job {paths.job.job_id} has been superseded by {newest}.")
+        return 0
 
 
 def raise_fence(paths: AttemptPaths) -> None:
-    """From now on only this attempt of the job may write."""
+    """From now on only this attempt of the job may write. Never lowered: a controller that stood still for so long
+    that another one took over must not let an older attempt write again."""
+    if _fence(paths) >= paths.number:
+        return
     with replacing(paths.job.fence) as new:
         new.write_text(str(paths.number))
 

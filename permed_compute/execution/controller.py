@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -22,9 +23,9 @@ from permed_compute.admission.decide import decide
 from permed_compute.admission.demand import demand
 from permed_compute.admission.fold import Picture, node_row
 from permed_compute.admission.snapshot import Node, Plan, Policy, grants_of, open_questions
-from permed_compute.errors import EngineError, LeaseLostError, ModelRefusedError, PermedError, StaleError
+from permed_compute.errors import EngineError, LeaseLostError, ModelRefusedError, PermedError, QueueError, StaleError
 from permed_compute.execution import failure, records
-from permed_compute.execution.context import raise_fence
+from permed_compute.execution.context import fenced_off, raise_fence
 from permed_compute.execution.delegated import Delegated, EngineAwayError, pauses
 from permed_compute.execution.port import Attempt, Executor, Liveness, Scaling
 from permed_compute.paths import HomePaths, read_json, write_json
@@ -45,6 +46,8 @@ _LOOK_AGAIN_MS = 2_000
 _CHECKPOINT_LOOK_MS = 30_000
 """The log learns of a newer checkpoint at most this often per job; only preemption needs to know."""
 _POLL_S = 0.1
+_LONGEST_PAUSE_S = 5.0
+"""Between two rounds that failed."""
 _LEAST_S = 0.02
 """Between two rounds at least, so that a burst of submissions is looked at together."""
 
@@ -94,6 +97,8 @@ class Controller:
     _wake: threading.Event = field(default_factory=threading.Event)
     _launched: set[str] = field(default_factory=set)
     _asked: dict[str, int] = field(default_factory=dict)
+    _troubles: dict[str, str] = field(default_factory=dict)
+    """What kept a job's last step from being taken, so that the log says it once."""
     _settled_at: int = -1
     _look_again_at: int = 0
 
@@ -120,12 +125,25 @@ class Controller:
             )
 
     def run(self, until: Callable[[], bool]) -> None:
-        """Tick until `until()` is true. Raises `LeaseLostError` when another controller has taken over."""
+        """Tick until `until()` is true. Raises `LeaseLostError` when another controller has taken over.
+
+        A database, engine or disk that fails for a while is asked again; at the very first round that is an error.
+        """
         if self.lease is None:
             self.lead()
+        worked, failures = False, 0
         while not until():
             began = time.monotonic()
-            busy = self.tick()
+            try:
+                busy, worked, failures = self.tick(), True, 0
+            except LeaseLostError:
+                raise
+            except (QueueError, EngineError, OSError) as error:
+                if not worked:
+                    raise
+                busy, failures = False, failures + 1
+                log.warning("looking again in a moment: %s", error)
+                time.sleep(min(_LONGEST_PAUSE_S, _POLL_S * 2**failures))
             # Half of the time at most: each submission wakes us, and looking at all must not keep the next one waiting.
             time.sleep(max(_LEAST_S, time.monotonic() - began))
             self._wake.wait(0.0 if busy else _POLL_S)
@@ -149,13 +167,22 @@ class Controller:
         return any(moved)
 
     def _unless_stale(self, step: Callable[[Job], bool], job: Job) -> bool:
-        """A step on one job; where a user moved the job at the same moment, the next round sees it anew."""
+        """A step on one job; where a user moved the job at the same moment, the next round sees it anew.
+
+        What fails for one job (its folder, its node, a move that the table forbids) must not keep the others waiting.
+        """
+        self._renew()
         try:
             return step(job)
-        except LeaseLostError:
+        except (LeaseLostError, QueueError):
             raise
         except StaleError:
             return True
+        except (PermedError, OSError) as error:
+            if self._troubles.get(job.id) != str(error):
+                log.exception("job %s cannot go on for now", job.id)
+            self._troubles[job.id] = str(error)
+            return False
 
     def interrupt(self, grace_s: float) -> list[Job]:
         """Ask everything that lives to stop, wait, end what does not, and hold the jobs; returns them."""
@@ -185,7 +212,7 @@ class Controller:
 
     def _admit(self) -> bool:
         head, now = self.queue.head()[0], self.clock()
-        if head == self._settled_at and now < self._look_again_at:
+        if head == self._settled_at and self._look_again_at - _LOOK_AGAIN_MS <= now < self._look_again_at:
             return False  # no event since a decision that started nothing: the same snapshot decides the same
         self._note_nodes()
         snapshot, self.policy, jobs = self._seen().see(now)
@@ -264,6 +291,8 @@ class Controller:
 
     def _start(self, job: Job, attempt: Attempt) -> bool:
         self._launched.add(attempt.name)
+        if fenced_off(attempt.paths):  # it was given up, and its end not confirmed yet
+            return self._lost(job, attempt, "launch-failed")
         try:
             self.executor.launch(attempt)
         except EngineAwayError as error:  # nothing was refused: the next round asks again, for days if need be
@@ -322,10 +351,11 @@ class Controller:
 
     def _ask_engine(self, job: Job, attempt: Attempt) -> bool:
         now = self.clock()
-        quiet = now - max(records.last_sign(attempt.paths.root), job.changed_at)
+        # Where a clock was set back, the last sign is to come: as far off as that, it says nothing.
+        quiet = abs(now - max(records.last_sign(attempt.paths.root), job.changed_at))
         if job.state is not JobState.UNKNOWN and quiet < _QUIET_MS:
             return False
-        if now - self._asked.get(attempt.name, 0) < _ASK_ENGINE_MS:
+        if 0 <= now - self._asked.get(attempt.name, 0) < _ASK_ENGINE_MS:
             return False
         self._asked[attempt.name] = now
         liveness = self.executor.liveness(attempt)
@@ -353,8 +383,11 @@ class Controller:
         if not attempt.paths.stop.exists():
             write_json(attempt.paths.stop, {"reason": "time-limit", "at": self.clock()})
             return False
-        asked = int(attempt.paths.stop.stat().st_mtime * 1000)
-        if self.clock() - asked < self.settings.grace * 1000 or not self.executor.end(attempt):
+        asked = read_json(attempt.paths.stop) or {}
+        if int(asked.get("at", 0)) > self.clock():  # a clock was set back: its grace begins anew
+            write_json(attempt.paths.stop, {**asked, "at": self.clock()})
+        grace_is_over = self.clock() - int(asked.get("at", 0)) >= self.settings.grace * 1000
+        if not grace_is_over or not self._end(attempt):
             return False
         return self._timed_out(job, attempt)
 
@@ -385,7 +418,7 @@ class Controller:
         if isinstance(self.executor, Delegated) and not records.last_sign(attempt.paths.root):
             grace_ms = 0  # it waits in the engine's queue: there is nothing to keep
         gone = self.clock() - job.changed_at >= grace_ms or self.executor.liveness(attempt) is Liveness.GONE
-        if not gone or not self.executor.end(attempt):
+        if not gone or not self._end(attempt):
             return False
         exit_record = read_json(attempt.paths.exit)
         if exit_record is not None:
@@ -411,7 +444,7 @@ class Controller:
 
     def _settle(self, job: Job, attempt: Attempt, exit_record: Mapping[str, Any]) -> bool:
         """The attempt wrote how it ended. What it held is released only once the engine confirms its end."""
-        if not self.executor.end(attempt):
+        if not self._end(attempt):
             return False
         outcome = exit_record["outcome"]
         if outcome in (JobState.SUCCEEDED, JobState.PARTIAL, JobState.FAILED):
@@ -422,8 +455,17 @@ class Controller:
             return self._stopped(job, attempt)
         return self._lost(job, attempt, exit_record["reason"])
 
+    def _end(self, attempt: Attempt) -> bool:
+        """Give it up for good, then end it. True once that is confirmed: no process of it runs, and none will start.
+
+        The fence keeps a launch that comes late (of a controller that stood still) from beginning anything.
+        """
+        with suppress(OSError):  # a full disk: what runs is ended all the same
+            raise_fence(attempt.paths.job.attempt(attempt.number + 1))
+        return self.executor.end(attempt)
+
     def _lost(self, job: Job, attempt: Attempt, code: str, said: str = "") -> bool:
-        if not self.executor.end(attempt):
+        if not self._end(attempt):
             return False
         verdict = failure.after_loss(
             code, losses=job.detail.get("losses"), progressed=self._progressed(attempt), retries=job.spec.retries,

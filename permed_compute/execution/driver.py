@@ -21,7 +21,7 @@ from typing import Any
 
 from permed_compute.errors import Finding, ModelRefusedError, PermedError, StaleError, WorkloadError
 from permed_compute.execution import failure, results
-from permed_compute.execution.context import WorkerContext
+from permed_compute.execution.context import WorkerContext, check_fence
 from permed_compute.execution.delegated import paused_file, pauses
 from permed_compute.execution.live import Far, Meter, steps_of
 from permed_compute.execution.port import Attempt
@@ -111,6 +111,7 @@ class _Drive:
     computed: int = 0
 
     def run(self) -> Row:
+        check_fence(self.attempt.paths)  # a launch that came late, of an attempt that was given up
         found = registry.find(self.attempt.spec)
         self._ledger().abandon(self.attempt.job_id)  # of an attempt that was killed; the fence keeps it from writing
         staging = self.attempt.paths.root / "results.new"

@@ -40,6 +40,7 @@ KINDS = {
     "attempt-lost": Kind(
         "The attempt's processes are gone without an exit record.", "Usually the engine or node died."
     ),
+    "stale": Kind("The attempt had been given up before it began.", "Nothing: the next one starts.", 20),
     "worker-lost": Kind("A worker's process is gone.", "See `permed logs`; if it happens again, ask for more memory."),
     "peer-lost": Kind("The ranks lost each other.", "The network between them, or a rank's end: see `permed logs`."),
     # somebody else's doing, in Slurm

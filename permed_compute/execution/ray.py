@@ -23,6 +23,7 @@ from permed_compute.admission.demand import Demand, Shape, spread
 from permed_compute.admission.snapshot import Gpu, Grant, Node
 from permed_compute.errors import EngineError
 from permed_compute.execution import cores, processes, raykeeper
+from permed_compute.execution.context import fenced_off
 from permed_compute.execution.cores import cores_file
 from permed_compute.execution.device import flavor_of, local_node
 from permed_compute.execution.port import Attempt, Liveness
@@ -95,7 +96,7 @@ class RayExecutor:
         self._connected(session.address)
 
     def launch(self, attempt: Attempt) -> None:
-        if attempt.paths.exit.exists():
+        if attempt.paths.exit.exists() or fenced_off(attempt.paths):
             return
         self.start()
         self._choose_cores(attempt)

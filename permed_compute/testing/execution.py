@@ -254,6 +254,14 @@ class ExecutorConformance:
         assert not attempt.paths.job.results.exists()
         executor.end(attempt)
 
+    def test_an_attempt_that_was_given_up_does_not_begin(self, executor: Executor, toys: Toys) -> None:
+        attempt = toys.attempt("squares", count=2)
+        raise_fence(attempt.paths.job.attempt(2))
+        executor.launch(attempt)  # of a controller that stood still while another one gave it up
+        wait_for(lambda: attempt.paths.exit.exists() or executor.liveness(attempt) is Liveness.GONE, "its end")
+        wait_for(lambda: executor.end(attempt), "the confirmed end")
+        assert executor.liveness(attempt) is Liveness.GONE and [toys.runs(n) for n in range(2)] == [0, 0]
+
     # ------------------------------------------------------------------------------------- gang
 
     def test_a_gang_trains_together_and_resumes_identically(self, executor: Executor, toys: Toys) -> None:
