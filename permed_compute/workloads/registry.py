@@ -28,6 +28,7 @@ CATALOG = {
     "radiology/ingest": "permed_compute.workloads.radiology.ingest:WORKLOAD",
     "radiology/radiomics": "permed_compute.workloads.radiology.characterise:WORKLOAD",
     "radiology/segment": "permed_compute.workloads.radiology.segment:WORKLOAD",
+    "radiology/sweep": "permed_compute.workloads.radiology.sweep:WORKLOAD",
     "radiology/third-party": "permed_compute.workloads.radiology.third_party:WORKLOAD",
     "radiology/train-segmentation": "permed_compute.workloads.radiology.train:WORKLOAD",
     "radiology/worklist": "permed_compute.workloads.radiology.worklist:WORKLOAD",

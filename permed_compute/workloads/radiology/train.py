@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from permed_compute.learning.training import Trained
+
 DATASET = "dataset"
 BUNDLE, SPLIT, PAGE = "bundle", "split.json", "evaluation.html"
 VERSION = "1"
@@ -414,14 +416,24 @@ def _dice(truth: np.ndarray, found: np.ndarray) -> float | None:
 # ------------------------------------------------------------------------------------------------ the job
 
 
-def train(spec: JobSpec, ctx: Context) -> Result | None:
-    """Every rank trains; the first judges what came out and writes the bundle."""
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A network after its training, with its last weights; `judge.best` has those of its best epoch."""
+
+    data: Data
+    definition: Mapping[str, Any]
+    model: nn.Module
+    judge: Judge
+    done: Trained
+
+
+def fitted(params: Mapping[str, Any], ctx: Context) -> Fitted | None:
+    """Train by these (complete) params; None where it was asked to stop. No test scan is looked at."""
     import torch
 
     from permed_compute.learning import randomness
-    from permed_compute.learning.training import Pace, Recipe, digest, fit
+    from permed_compute.learning.training import Pace, Recipe, fit
 
-    params = params_of(spec.params)
     with ctx.stage("look at the data"):
         data = data_of(params, ctx)
     definition = defined(params, data)
@@ -442,10 +454,20 @@ def train(spec: JobSpec, ctx: Context) -> Result | None:
     )  # fmt: skip
     with ctx.stage("train"):
         done = fit(recipe, pace, ctx)
-    if done is None:
+    return None if done is None else Fitted(data, definition, model, judge, done)
+
+
+def train(spec: JobSpec, ctx: Context) -> Result | None:
+    """Every rank trains; the first judges what came out and writes the bundle."""
+    from permed_compute.learning.training import digest
+
+    params = params_of(spec.params)
+    made = fitted(params, ctx)
+    if made is None:
         return None
     if ctx.rank:
         return Result()
+    data, definition, model, judge, done = made.data, made.definition, made.model, made.judge, made.done
     if judge.best.weights:
         model.load_state_dict(judge.best.weights)
     model.eval()
