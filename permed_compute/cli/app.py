@@ -19,6 +19,7 @@ from permed_compute.cli import (
     convert,
     demo,
     doctor,
+    far,
     frequency,
     gc,
     jobs,
@@ -40,13 +41,16 @@ from permed_compute.cli import (
 from permed_compute.cli import (
     run as run_file,
 )
+from permed_compute.cli import (
+    via as far_away,
+)
 from permed_compute.cli.exits import Exit, epilog, of_error
 from permed_compute.cli.session import Session, show_error
 from permed_compute.errors import PermedError
 from permed_compute.offline import silenced
 
 _GLOBAL_FLAGS = {"--json"}
-_GLOBAL_OPTIONS = {"--home", "--executor", "--preset", "--site"}
+_GLOBAL_OPTIONS = {"--home", "--executor", "--preset", "--site", "--via"}
 
 app = typer.Typer(
     name="permed",
@@ -69,6 +73,7 @@ simulate.add_to(app)
 app.add_typer(quota.app, name="quota")
 app.add_typer(report.app, name="report")
 app.add_typer(audit.app, name="audit")
+app.add_typer(far.app, name="far", hidden=True)
 app.add_typer(frequency.app, name="frequency")
 app.add_typer(radiology.app, name="radiology")
 app.add_typer(model.app, name="model")
@@ -97,11 +102,17 @@ def _globals(
     executor: Annotated[str | None, typer.Option(help="`ray` or `inprocess` (for debuggers and tests).")] = None,
     preset: Annotated[str | None, typer.Option(help="Defaults to start from: `permed catalog presets`.")] = None,
     at: Annotated[str | None, typer.Option("--site", help="Site profile: `permed site list`.")] = None,
+    via: Annotated[
+        str, typer.Option(help="Another machine: ssh:HOST, by your own ssh. Jobs, their files and results go there.")
+    ] = "",
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
     ] = False,
 ) -> None:
-    ctx.obj = Session(as_json, {"home": home, "executor": executor, "preset": preset, "site": at})
+    rest = ctx.obj
+    ctx.obj = Session(as_json, {"home": home, "executor": executor, "preset": preset, "site": at}, via)
+    if via and rest and rest[0] not in far_away.CARRIES:
+        raise typer.Exit(far_away.forward(ctx.obj, rest))
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +121,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in args
     os.environ.update(silenced(os.environ))
     try:
-        code = app(args, prog_name="permed", standalone_mode=False)
+        code = app(args, prog_name="permed", standalone_mode=False, obj=_command(args))
         sys.stdout.flush()
     except typer.Abort:
         return Exit.INTERRUPTED
@@ -146,6 +157,14 @@ def global_options_first(argv: Sequence[str]) -> list[str]:
         else:
             rest.append(word)
     return front + rest
+
+
+def _command(args: Sequence[str]) -> Sequence[str]:
+    """What stands after the global options in front."""
+    at = 0
+    while at < len(args) and args[at].startswith("-"):
+        at += 2 if args[at] in _GLOBAL_OPTIONS else 1
+    return args[at:]
 
 
 def _usage(error: typer.TyperException, *, as_json: bool) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from permed_compute.cli import words
+from permed_compute.cli import via, words
 from permed_compute.cli.jobs import JobArgument
 from permed_compute.cli.outputs import outputs
 from permed_compute.cli.session import Session
@@ -23,6 +24,7 @@ def results(
     ctx: typer.Context,
     job: JobArgument,
     open_page: Annotated[bool, typer.Option("--open", help="Open the job's page in the browser.")] = False,
+    to: Annotated[Path | None, typer.Option("--to", help="With --via: new folder to bring the results to.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every file, not only the first 40.")] = False,
 ) -> None:
     """List a job's results with absolute paths, and what each file is.
@@ -30,6 +32,9 @@ def results(
     Example: permed results 01k9 --open
     """
     session = Session.of(ctx)
+    if session.via:
+        via.results(session, job, to)
+        return
     with session.client() as client:
         found = client.service.job(job)
     folder = session.settings.paths.job(found.id).results

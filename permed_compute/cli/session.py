@@ -30,6 +30,8 @@ class Session:
 
     as_json: bool = False
     flags: Mapping[str, Any] = field(default_factory=dict)
+    via: str = ""
+    """`ssh:HOST` where the command is for another machine."""
 
     @classmethod
     def of(cls, ctx: typer.Context) -> Session:

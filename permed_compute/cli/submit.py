@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from permed_compute.cli import jobfile, words
+from permed_compute.cli import jobfile, via, words
 from permed_compute.cli.session import Session
 from permed_compute.cli.site import AccountOption, FurtherOption, ImageOption, PartitionOption, QosOption
 from permed_compute.cli.validate import notes, workload_problem
@@ -60,6 +60,11 @@ def submit(
     session = Session.of(ctx)
     at_site(session, account, partition, qos, image, further, stage_in, stage_out)
     specs = [checked(file, sets, inputs) for file in files]
+    if session.via:
+        if dry_run:
+            raise typer.BadParameter("--dry-run does not go through --via: nothing is carried to look at it.")
+        via.submit(session, specs, held=hold)
+        return
     with session.client() as client:
         if dry_run:
             rows = [preview(client, spec) for spec in specs]
