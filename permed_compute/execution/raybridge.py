@@ -90,7 +90,8 @@ class Bridge:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(OSError):  # what was not taken of the last request
+                    pipe.close()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -168,18 +169,7 @@ class _Speaker:
             self.ray.util.remove_placement_group(group)
 
     def nodes(self) -> list[Row]:
-        """What the cluster's living nodes have. A node is called by its label `permed-node`, else by its address, with
-        the beginning of its id where several have that."""
-        living = [node for node in self.ray.nodes() if node["Alive"]]
-        addresses = [node["NodeManagerAddress"] for node in living]
-        rows = []
-        for node in living:
-            identity, address = node["NodeID"], node["NodeManagerAddress"]
-            plain = address if addresses.count(address) == 1 else f"{address}-{identity[:6]}"
-            labels = dict(node.get("Labels") or {})
-            name = labels.get(NODE_LABEL, plain)
-            rows.append({"name": name, "id": identity, "resources": node["Resources"], "labels": labels})
-        return rows
+        return living(self.ray.nodes())
 
     def want(self, bundles: list[Row], selectors: list[dict[str, str]]) -> None:
         """The cluster's autoscaler is to have room for these, used or not; the last call counts."""
@@ -199,6 +189,23 @@ class _Speaker:
             return self.ray.util.get_placement_group(name)
         except ValueError:
             return None
+
+
+def living(nodes: list[Row]) -> list[Row]:
+    """What the cluster's living nodes have, of `ray.nodes()`. A node is called by its label `permed-node`, else by its
+    address, with the beginning of its id where several have that."""
+    alive = [node for node in nodes if node["Alive"]]
+    addresses = [node["NodeManagerAddress"] for node in alive]
+    rows = []
+    for node in alive:
+        identity, address = node["NodeID"], node["NodeManagerAddress"]
+        plain = address if addresses.count(address) == 1 else f"{address}-{identity[:6]}"
+        labels = dict(node.get("Labels") or {})
+        rows.append({
+            "name": labels.get(NODE_LABEL, plain), "id": identity, "address": address, "port": node["NodeManagerPort"],
+            "resources": node["Resources"], "labels": labels,
+        })  # fmt: skip
+    return rows
 
 
 def serve(address: str, namespace: str) -> None:

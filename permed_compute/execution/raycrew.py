@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from ray.util.placement_group import PlacementGroup, get_placement_group, remove
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from permed_compute.errors import EngineError, PermedError
-from permed_compute.execution import device, processes
+from permed_compute.execution import device, processes, raybridge
 from permed_compute.execution.cores import cores_file
 from permed_compute.execution.driver import drive
 from permed_compute.execution.gang import TERMINATION
@@ -33,6 +34,7 @@ from permed_compute.queue.port import wall_clock
 
 LOCAL_NODE = "local"
 _BEAT_S = 2.0
+_CONNECT_S = 3.0
 _ORPHANED_S = 60.0
 """A member ends itself when its attempt has shown no sign of life (one every 2 s) for so long."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -108,6 +110,8 @@ class RayCrew:
             attempt.name, [grant.memory for grant in attempt.grants], _cores(attempt.paths), self._driver_over
         )
         self._members = [self._hired(slot) for slot in range(self.size)]
+        nodes = raybridge.living(ray.nodes())  # type: ignore[no-untyped-call]
+        self._raylets = {row["name"]: (row["address"], row["port"]) for row in nodes}
         here = attempt.grants[0].node  # the driver stands in the first bundle
         self._devices = {index for grant in attempt.grants if grant.node == here for index in grant.devices}
         self._elsewhere: dict[int, Row] = {slot: {} for slot, grant in enumerate(attempt.grants) if grant.node != here}
@@ -168,7 +172,15 @@ class RayCrew:
             known = isinstance(cause, PermedError)
             outer.set_exception(cause if known else EngineError(f"Worker {slot}: {type(cause).__name__}."))
         else:
-            outer.set_exception(self._watchdog.reason(slot) or _loss(slot, error))
+            outer.set_exception(self._watchdog.reason(slot) or self._loss(slot, error))
+
+    def _loss(self, slot: int, error: BaseException) -> WorkerLost:
+        """Of a node that has died Ray knows after seconds, and says at first that its process has."""
+        lost = _loss(slot, error)
+        raylet = self._raylets.get(self._attempt.grants[slot].node)
+        if lost.code == "worker-lost" and raylet is not None and not _answers(*raylet):
+            return _node_lost(slot)
+        return lost
 
     def _driver_over(self, why: WorkerLost) -> None:
         """This very process holds too much: say so and go at once, before the driver could say something else."""
@@ -218,12 +230,25 @@ def _end_when_orphaned(root: Path) -> None:
 def _loss(slot: int, error: BaseException) -> WorkerLost:
     words = str(error)
     if "node has died" in words or "node was terminated" in words or type(error).__name__ == "NodeDiedError":
-        return WorkerLost(f"The node of worker {slot} is gone.", code="node-lost")
+        return _node_lost(slot)
     if type(error).__name__ == "RuntimeEnvSetupError":
         return WorkerLost(f"The environment of worker {slot} cannot be started.", code="bad-image")
     if type(error).__name__ == "OutOfMemoryError":
         return WorkerLost(f"Worker {slot} was ended because the machine ran out of memory.", code="over-memory")
     return WorkerLost(f"The process of worker {slot} is gone.", remedy="See `permed logs`.")
+
+
+def _node_lost(slot: int) -> WorkerLost:
+    return WorkerLost(f"The node of worker {slot} is gone.", code="node-lost")
+
+
+def _answers(address: str, port: int) -> bool:
+    """Whether a node's daemon takes connections."""
+    try:
+        socket.create_connection((address, port), timeout=_CONNECT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _cores(paths: AttemptPaths) -> Sequence[int]:

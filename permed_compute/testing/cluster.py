@@ -1,4 +1,5 @@
-"""A Ray of several nodes on this machine, each in a network namespace of its own: nodes are added, cut off and killed.
+"""A Ray of several nodes on this machine, each in a network namespace of its own: nodes are added, cut off and killed,
+and so is the head.
 
     with RayCluster() as cluster, cluster.inside():
         one, two = cluster.add(2, cpus=1)
@@ -20,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +30,11 @@ from typing import Any
 
 from permed_compute.execution import processes, raylocal
 from permed_compute.execution.processes import SESSION_MARK, Process, ProcessTable
+from permed_compute.testing.certificates import Authority
 
 _START_S = 120
+_PORT = 20_000 + os.getpid() % 10_000
+"""The head's, in a network of its own: the same when it is started again, another one in another suite."""
 _MIB = 2**20
 _SOCKETS = "RAY_CLUSTER_SOCKETS"
 _CLONE_NEWNET = 0x40000000
@@ -63,9 +67,13 @@ def name_sockets(params: Any, head: bool) -> None:
 
 
 class RayCluster:
-    """See the module. `address` is for ray.init, `environment` for whoever connects."""
+    """See the module. `address` is for ray.init, `environment` for whoever connects.
 
-    def __init__(self, *, object_store_mib: int = 128) -> None:
+    durable: the head keeps what it knows on disk (Ray's embedded RocksDB), and knows it when it is started again.
+    tls: between all of Ray's processes, with a certificate per node; needs `cryptography`.
+    """
+
+    def __init__(self, *, object_store_mib: int = 128, durable: bool = False, tls: bool = False) -> None:
         # Short: Unix sockets stand below it.
         self._folder = Path(tempfile.mkdtemp(prefix="rc-"))
         self._networks = _Networks()
@@ -85,19 +93,23 @@ class RayCluster:
             # A dead node is known to be dead after seconds, a busy machine's is not taken for one.
             "RAY_health_check_initial_delay_ms": "10000", "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "4",
+            # Nodes wait so long for a head that is gone, and then end themselves.
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "60" if durable else "10",
         }  # fmt: skip
+        self._of_head = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self._folder / "gcs")}
+        if not durable:
+            self._of_head = {}
+        self.authority = Authority(self._folder) if tls else None
+        self.environment |= self._certificate("head", self._networks.head)
         self.token = token
-        self.address = ""
+        self.address = f"{self._networks.head}:{_PORT}"
+        self._heads = itertools.count(1)
+        self._head = ""
 
     def __enter__(self) -> RayCluster:
         try:
             self._networks.make()
-            self._start(
-                ["--head", "--port=0", "--num-cpus=0", "--memory=1", "--include-dashboard=false", "--no-monitor",
-                 f"--temp-dir={self._folder / 's'}", f"--node-ip-address={self._networks.head}"],
-                "head", self._networks.name,
-            )  # fmt: skip
-            self.address = (self._folder / "s" / "ray_current_cluster").read_text().strip()
+            self.start_head()
         except BaseException:
             self.close()
             raise
@@ -128,6 +140,20 @@ class RayCluster:
                     if value is None:
                         del os.environ[name]
 
+    def start_head(self) -> None:
+        """At the cluster's address; after `kill_head` again."""
+        # Ray takes the nodes' daemons, which it sees as they are on this machine, for a head that runs there already.
+        (self._folder / "s" / "ray_current_cluster").unlink(missing_ok=True)
+        self._head = self._start(
+            ["--head", f"--port={_PORT}", "--num-cpus=0", "--memory=1", "--include-dashboard=false", "--no-monitor",
+             f"--temp-dir={self._folder / 's'}", f"--node-ip-address={self._networks.head}"],
+            f"head-{next(self._heads)}", self._networks.name, self._of_head,
+        )  # fmt: skip
+
+    def kill_head(self) -> None:
+        """With SIGKILL, as a power failure does; nodes and what runs on them are left alone."""
+        assert processes.kill_all(lambda: self._all(self._head), timeout_s=20.0)
+
     def cut(self, node: ClusterNode) -> None:
         """Take the node's network away; its processes go on."""
         self._networks.cut(node.address)
@@ -144,11 +170,14 @@ class RayCluster:
         mark = self._start(
             [f"--address={self.address}", f"--num-cpus={cpus}", f"--memory={memory_mib * _MIB}",
              f"--node-ip-address={address}", f"--labels={','.join([f'permed-node={name}', *labels])}"],
-            name, namespace,
+            name, namespace, self._certificate(name, address),
         )  # fmt: skip
         return ClusterNode(name, address, mark)
 
-    def _start(self, words: list[str], name: str, namespace: str) -> str:
+    def _certificate(self, name: str, address: str) -> dict[str, str]:
+        return self.authority.ray(name, [address, "127.0.0.1"]) if self.authority is not None else {}
+
+    def _start(self, words: list[str], name: str, namespace: str, more: Mapping[str, str]) -> str:
         mark = f"{self._folder}/{name}"
         command = [
             "ip", "netns", "exec", namespace, sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *words,
@@ -156,7 +185,7 @@ class RayCluster:
             f"--object-store-memory={self._store * _MIB}",
         ]  # fmt: skip
         done = subprocess.run(
-            command, env=self.environment | {SESSION_MARK: mark, _SOCKETS: mark}, cwd=self._folder,
+            command, env={**self.environment, **more, SESSION_MARK: mark, _SOCKETS: mark}, cwd=self._folder,
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_START_S, check=False,
             start_new_session=True,
         )  # fmt: skip
@@ -164,10 +193,11 @@ class RayCluster:
             raise RuntimeError(f"ray start of {name}: {done.stdout[-300:]} {done.stderr[-600:]}")
         return mark
 
-    def _all(self) -> list[Process]:
+    def _all(self, mark: str = "") -> list[Process]:
+        """Every process of the cluster, or those that bear that mark."""
         table = ProcessTable().look()
-        marks = table.marked(SESSION_MARK)
-        return [table.processes[pid] for pid, value in marks.items() if value.startswith(f"{self._folder}/")]
+        found = table.marked(SESSION_MARK).items()
+        return [table.processes[pid] for pid, value in found if value.startswith(mark or f"{self._folder}/")]
 
 
 class _Networks:

@@ -17,7 +17,7 @@ from permed_compute.testing.cluster import networks_possible
 @pytest.mark.parametrize("loaders", [0, 2])
 def test_a_training_interrupted_twenty_times_ends_with_the_same_bits(ranks: int, loaders: int) -> None:
     script = Path(__file__).with_name("gang.py")
-    words = ["--ranks", str(ranks), "--loaders", str(loaders), "--blows", "20", "--seed", str(10 * ranks + loaders)]
+    words = ["--ranks", str(ranks), "--loaders", str(loaders), "--seed", str(10 * ranks + loaders)]
     done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, timeout=1700)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
