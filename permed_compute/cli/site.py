@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,10 +30,8 @@ JobArgument = Annotated[
 AccountOption = Annotated[
     str | None, typer.Option("--account", help="Who pays there; default: setting site_account, or the job's own.")
 ]
-PartitionOption = Annotated[
-    str | None, typer.Option("--partition", help="Default: the first that has what the job needs.")
-]
-QosOption = Annotated[str | None, typer.Option("--qos", help="Quality of service, e.g. devel.")]
+PartitionOption = Annotated[str, typer.Option("--partition", help="Default: the first that has what the job needs.")]
+QosOption = Annotated[str, typer.Option("--qos", help="Quality of service, e.g. devel.")]
 ImageOption = Annotated[
     str | None, typer.Option("--image", help="Container image at the site; default: setting site_image.")
 ]
@@ -118,8 +115,8 @@ def check(
     ctx: typer.Context,
     job: JobArgument,
     account: AccountOption = None,
-    partition: PartitionOption = None,
-    qos: QosOption = None,
+    partition: PartitionOption = "",
+    qos: QosOption = "",
     image: ImageOption = None,
     further: FurtherOption = None,
     sets: jobfile.SetOption = None,
@@ -155,8 +152,8 @@ def render(
     ctx: typer.Context,
     job: JobArgument,
     account: AccountOption = None,
-    partition: PartitionOption = None,
-    qos: QosOption = None,
+    partition: PartitionOption = "",
+    qos: QosOption = "",
     image: ImageOption = None,
     further: FurtherOption = None,
     sets: jobfile.SetOption = None,
@@ -199,8 +196,8 @@ def cost(
     ctx: typer.Context,
     job: JobArgument,
     account: AccountOption = None,
-    partition: PartitionOption = None,
-    qos: QosOption = None,
+    partition: PartitionOption = "",
+    qos: QosOption = "",
     image: ImageOption = None,
     used: Annotated[str, typer.Option("--used", help="Also: what stays charged when it has run so long.")] = "",
     left: Annotated[
@@ -275,18 +272,16 @@ def _site(session: Session, named: str | None = None) -> Profile:
 
 
 def _request(
-    session: Session, job: str, account: str | None, partition: str | None, qos: str | None, image: str | None,
+    session: Session, job: str, account: str | None, partition: str, qos: str, image: str | None,
     further: list[str] | None, sets: list[str] | None, inputs: list[str] | None,
 ) -> tuple[Request, Settings]:  # fmt: skip
     """What the job asks of the site, as the Slurm engine would ask; and the settings with what the user said."""
+    from permed_compute.cli.submit import at_site
     from permed_compute.execution.slurm import Asked
     from permed_compute.sites import request
 
-    site = _site(session)
-    said = {"site_account": account, "site_partition": partition, "site_qos": qos, "site_image": image}
-    settings = replace(session.settings, **{name: value for name, value in said.items() if value is not None})
-    if further:
-        settings = replace(settings, site_options=" ".join([settings.site_options, *further]).strip())
+    at_site(session, account, partition, qos, image, further)
+    settings, site = session.settings, _site(session)
     if is_script(Path(job)):
         return request.of_script(Path(job).read_text(encoding="utf-8"), site, job), settings
     return request.of(jobfile.load(job, sets, inputs), site, Asked.of(settings).choice), settings

@@ -11,6 +11,7 @@ Needs Debian's `slurm-wlm` and `munge`; `accounting` also `slurmdbd` and `mariad
 
 from __future__ import annotations
 
+import ctypes
 import getpass
 import os
 import platform
@@ -29,6 +30,7 @@ from pathlib import Path
 from permed_compute.errors import EngineError, NotFoundError
 
 _START_S = 60.0
+_PR_SET_PDEATHSIG = 1
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue")
 _WITH_ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db")
 _SBIN = ("/usr/sbin", "/usr/local/sbin", "/sbin")
@@ -204,7 +206,7 @@ class SlurmCluster:
         begin = self.folder / "begin.sql"
         begin.touch(mode=0o600)
         begin.write_text(
-            f"CREATE USER slurm@'127.0.0.1' IDENTIFIED BY '{password}'; GRANT ALL ON *.* TO slurm@'127.0.0.1';\n"
+            f"CREATE USER slurm@'127.0.0.1' IDENTIFIED BY '{password}';\nGRANT ALL ON *.* TO slurm@'127.0.0.1';\n"
         )
         self._daemon(
             "mariadbd", "mariadbd", "--no-defaults", f"--datadir={data}", f"--user={me}", f"--port={port}",
@@ -246,7 +248,7 @@ class SlurmCluster:
         ]  # fmt: skip
         if self.accounting:
             rows += ["AccountingStorageType=accounting_storage/slurmdbd", "AccountingStorageHost=127.0.0.1",
-                     f"AccountingStoragePort={self._dbd_port}"]  # fmt: skip
+                     f"AccountingStoragePort={self._dbd_port}", f"AccountingStoragePass={self._munge}"]  # fmt: skip
         rows += [
             f"NodeName={node.name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs={node.cpus}"
             f" RealMemory={node.memory}" + (f" Gres=gpu:{node.gpus}" if node.gpus else "") + " State=UNKNOWN"
@@ -272,7 +274,7 @@ class SlurmCluster:
         with (self.folder / f"{name}.out").open("ab") as out:
             self._daemons[name] = subprocess.Popen(
                 [_program(program) or program, *words], env=os.environ | self.environment, cwd=self.folder,
-                stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, preexec_fn=_end_with_parent,
             )  # fmt: skip
 
     def _once(self, program: str, *words: str) -> None:
@@ -339,6 +341,11 @@ def _program(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(_SBIN))
 
 
+def _end_with_parent() -> None:
+    """Between fork and exec: a test that is killed leaves no Slurm behind."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _kill(pid: int, number: signal.Signals) -> None:
     try:
         os.kill(pid, number)
@@ -347,9 +354,15 @@ def _kill(pid: int, number: signal.Signals) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return int(made.getsockname()[1])
+    """Below the ports that the system gives to who calls out, else a daemon that starts later finds its own taken."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as made:
+            try:
+                made.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def _answers(port: int) -> bool:

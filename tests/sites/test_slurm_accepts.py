@@ -37,6 +37,7 @@ def declared(accounting: bool = False) -> SlurmCluster:
         plain.setdefault(name, []).extend(own)
         lines.append(f"PartitionName={site}-{name} Nodes={','.join(own)}{_weights(facts, accounting)}")
     lines += [f"PartitionName={name} Nodes={','.join(dict.fromkeys(own))}" for name, own in plain.items()]
+    lines += ["AccountingStorageTRES=gres/gpu"] if accounting else []
     return SlurmCluster(nodes, accounting=accounting, lines=lines)
 
 
@@ -84,3 +85,32 @@ def test_slurm_bills_what_we_say(case: Case, slurm: SlurmCluster, tmp_path: Path
         assert billed is not None and int(billed[1]) == case.billing == cost.of(case.request).rate.units
     finally:
         slurm.run("scancel", number)
+
+
+BILLED = [case for case in CASES if case.billing is not None and case.site != "lumi"]
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not possible(accounting=True), reason="slurmdbd and MariaDB are not on this machine")
+def test_with_accounting_slurm_bills_gpus_and_says_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPUs are billed by, and limits known to, a Slurm with an accounting database only."""
+    with declared(accounting=True) as slurm, slurm.inside():
+        slurm.run("sacctmgr", "--immediate", "add", "account", "nn9999k")
+        slurm.run("sacctmgr", "--immediate", "add", "user", "root", "account=nn9999k")
+        slurm.run("sacctmgr", "--immediate", "modify", "account", "nn9999k", "set", "GrpTRESMins=billing=60000")
+        wrong = {}
+        for case in BILLED:
+            words = [
+                "sbatch", "--parsable", "--hold", "--qos=normal",
+                f"--partition={case.site}-{case.request.partition}", f"--output={tmp_path}/log", str(case.path),
+            ]  # fmt: skip
+            number = slurm.run(*words).strip()
+            said = re.search(r"billing=(\d+)", slurm.run("scontrol", "show", "job", number))
+            billed = int(said[1]) if said else 0
+            slurm.run("scancel", number)
+            if billed != case.billing:
+                wrong[case.id] = (billed, case.billing)
+        assert wrong == {}
+        assert cost.left(BILLED[0].request) == 1000.0
