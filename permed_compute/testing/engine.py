@@ -347,7 +347,7 @@ class FakeEngine:
         os.utime(body.attempt.paths.records(), ns=(now * 1_000_000, now * 1_000_000))
 
     def _lasts(self, body: Body) -> int:
-        return round(body.attempt.spec.params["seconds"] * 1000 * self._chance.uniform(0.5, 1.5))
+        return int(body.attempt.spec.params["seconds"] * 1000 * self._chance.uniform(0.5, 1.5))
 
     def _ledger(self, attempt: Attempt) -> Ledger:
         return Ledger(HomePaths(attempt.home).ledger, attempt.spec.scope())
