@@ -28,7 +28,7 @@ from permed_compute.storage.ledger import Ledger
 from permed_compute.testing.engine import FakeEngine
 from permed_compute.testing.storm import Storm
 
-RUNS = 160
+RUNS = 150
 POINTS = (
     "acquire", "submit", "note nodes", "apply RESERVED", "apply LAUNCHING", "apply RUNNING",
     "apply QUEUED", "apply SUCCEEDED", "apply PREEMPTING+QUEUED", "apply CANCELLING", "apply CANCELLED",
@@ -126,7 +126,7 @@ def kept(kind: Callable[[Clock], MemoryQueue]) -> Callable[[Clock], MemoryQueue]
         ("release", lambda: {"controller_of": ReleasesOnTimeOut}, None),
         ("no job lost", lambda: {"store": kept(ForgetsJobs)}, None),
         ("audit chain", lambda: {"store": kept(EditsItsLog)}, None),
-        ("one attempt writes", lambda: {"weather": {"cut": 0.3, "back": 0.3}}, no_fence),
+        ("one attempt writes", lambda: {"weather": {"cut": 0.15, "back": 0.15}}, no_fence),
         ("part published once", dict, a_ledger_that_replaces),
         ("capacity", dict, decides_blindly),
     ],
@@ -138,7 +138,7 @@ def test_a_broken_part_is_told(
         patch(monkeypatch)
     told: Counter[str] = Counter()
     for seed in range(1, 60):
-        told.update(one.promise for one in Storm(seed, tmp_path / str(seed), **broken()).run().broken)
+        told.update(one.promise for one in Storm(seed, tmp_path / str(seed), decisions=False, **broken()).run().broken)
         if told[promise]:
             return
     pytest.fail(f"60 runs and nobody noticed: {told}")
