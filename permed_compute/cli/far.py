@@ -33,7 +33,10 @@ ReferenceArgument = Annotated[str, typer.Argument(help="Of a set of files.")]
 
 @app.command("land")
 def land(ctx: typer.Context, references: Annotated[list[str], typer.Argument(help="Of sets of files.")]) -> None:
-    """Unpack sets that have come in, unless they are in place; a folder is '' where the set has not come in whole."""
+    """Unpack sets that have come in, unless they are in place; a folder is '' where the set has not come in whole.
+
+    Example: permed far land 0123…
+    """
     session = Session.of(ctx)
     paths = session.settings.paths.create()
     paths.incoming.mkdir(mode=0o700, exist_ok=True)
@@ -66,13 +69,17 @@ def _landed(paths: HomePaths, reference: str) -> str:
 
 @app.command("submit")
 def submit(ctx: typer.Context) -> None:
-    """Queue the jobs of stdin's `{token, specs, held}`, once for each token."""
+    """Queue the jobs of stdin's `{token, specs, held, site}`, once for each token.
+
+    Example: permed far submit < asked.json
+    """
     from permed_compute.paths import read_json, write_json
     from permed_compute.spec import from_json
 
     session = Session.of(ctx)
     asked = json.load(sys.stdin)
     specs = [from_json(text) for text in asked["specs"]]
+    session.flags = {**session.flags, **{k: v for k, v in asked["site"].items() if k.startswith("site_")}}
     record = session.settings.paths.create().submissions / f"{_matching(_TOKEN, asked['token'])}.json"
     with _alone(record.with_suffix(".lock")), session.client() as client:
         known = read_json(record)
@@ -94,7 +101,10 @@ def _queued(service: Service, specs: list[JobSpec], since: int) -> list[Job]:
 
 @app.command("pack")
 def pack(ctx: typer.Context, job: Annotated[str, typer.Argument(help="Job id.")]) -> None:
-    """Make a set of a job's results, to be fetched."""
+    """Make a set of a job's results, to be fetched.
+
+    Example: permed far pack 01k9
+    """
     from permed_compute.storage.digests import DigestCache
     from permed_compute.transfer import sets
     from permed_compute.transfer.bundle import Bundle, Layout
@@ -118,7 +128,10 @@ def pack(ctx: typer.Context, job: Annotated[str, typer.Argument(help="Job id.")]
 
 @app.command("drop")
 def drop(ctx: typer.Context, reference: ReferenceArgument) -> None:
-    """Remove a set that was fetched."""
+    """Remove a set that was fetched.
+
+    Example: permed far drop 0123…
+    """
     session = Session.of(ctx)
     stem = f"permed-{_matching(_REFERENCE, reference)[:16]}"
     for path in session.settings.paths.outgoing.glob(f"*{stem}*"):

@@ -51,11 +51,12 @@ def submit(session: Session, specs: Sequence[JobSpec], *, held: bool) -> None:
     there = remote(session)
     moved = [_moved(session, there, spec) for spec in specs]
     texts = [spec.canonical() for spec in moved]
-    what = hashlib.sha256(json.dumps([session.via, *there.options, *texts]).encode()).hexdigest()
+    at_site = {name: value for name, value in session.flags.items() if name.startswith("site_")}
+    what = hashlib.sha256(json.dumps([session.via, *there.options, at_site, *texts]).encode()).hexdigest()
     intent = session.settings.paths.submissions / f"{what}.json"
     token = (read_json(intent) or {}).get("token") or secrets.token_hex(16)
     write_json(intent, {"token": token})
-    rows = there.ask("submit", say={"token": token, "specs": texts, "held": held})
+    rows = there.ask("submit", say={"token": token, "specs": texts, "held": held, "site": at_site})
     intent.unlink(missing_ok=True)
 
     def show(console: Any) -> None:

@@ -102,6 +102,22 @@ def test_typed_again_after_a_cut_it_is_queued_once(permed, far, job_file, monkey
     assert second[0]["id"] != first[0]["id"]
 
 
+def test_what_the_command_says_about_the_site_goes_along(permed, job_file, monkeypatch):
+    from permed_compute.transfer.remote import Remote
+
+    said = []
+    monkeypatch.setattr(
+        Remote, "carry", lambda self, paths, data_class, progress: [f"/far/{n}" for n in range(len(paths))]
+    )
+    monkeypatch.setattr(Remote, "ask", lambda self, *words, say=None: said.append((self.options, say)) or [{"id": "1"}])
+    words = ("--site", "saga", "--account", "nn9999k", "--partition", "a100")
+    assert permed("--json", "submit", "--via", "ssh:far", job_file, *words).code == 0
+    ((options, say),) = said
+    assert options == ("--site", "saga") and say["site"] == {"site_account": "nn9999k", "site_partition": "a100"}
+    spec = json.loads(say["specs"][0])
+    assert [ref["path"] for ref in spec["inputs"]] == ["/far/0"] and spec["code"] == "/far/1"
+
+
 def test_what_goes_wrong_there_is_told_here(permed, far, job_file, tmp_path):
     for words, code, said in (
         (("why", "--via", "ssh:far", "01none"), Exit.NOT_FOUND, ""),
