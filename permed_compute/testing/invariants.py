@@ -67,6 +67,7 @@ class Sighting:
     number: int
     before: int
     after: int
+    what: str = "processes"
 
 
 def sighted(queue: Queue, sightings: Iterable[Sighting]) -> list[Broken]:
@@ -78,7 +79,8 @@ def sighted(queue: Queue, sightings: Iterable[Sighting]) -> list[Broken]:
         at_first = [step for step in track if step[0] <= one.before][-1:]
         possible = at_first + [step for step in track if one.before < step[0] <= one.after]
         if not any(state in STARTED and number == one.number for _, state, number in possible):
-            told = f"attempt {one.number} of job {one.job_id} was seen while the job was {possible and possible[-1][1]}"
+            state = possible[-1][1] if possible else "not there"
+            told = f"{one.what} of attempt {one.number} of job {one.job_id} seen while the job was {state}"
             broken.append(Broken("release", told, one.before))
     return broken
 

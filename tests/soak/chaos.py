@@ -227,9 +227,13 @@ class Chaos:
         while not self.over.wait(0.5):
             with suppress(PermedError):
                 before = self.queue.head()[0]
-                seen = {self._attempt_of(mark) for mark in table.look().marked(ATTEMPT_MARK).values()}
+                marked = table.look().marked(ATTEMPT_MARK)
                 after = self.queue.head()[0]
-                self.sightings += [Sighting(*who, before, after) for who in seen if who is not None]
+                now = f"at {time.monotonic() - self.began:.1f} s process"
+                for pid, mark in marked.items():
+                    if (who := self._attempt_of(mark)) is not None:
+                        what = f"{now} {pid} ({mark.rpartition('/')[2]})"
+                        self.sightings.append(Sighting(*who, before, after, what))
 
     def _attempt_of(self, mark: str) -> tuple[str, int] | None:
         """(job, attempt) of a mark of this home's."""
@@ -299,7 +303,7 @@ class Chaos:
             **dict(sorted(self.counts.items())), "jobs": len(jobs), "states": Counter(job.state.value for job in jobs),
             "reasons": Counter(job.reason for job in jobs), "attempts": sum(job.attempt for job in jobs),
             "parts": len(list(self.home.ledger.glob("*/??/*/part.json"))), "events": self.queue.head()[0],
-            "sightings": len(self.sightings), "broken": dict(told), "first": [str(one) for one in broken[:10]],
+            "sightings": len(self.sightings), "broken": dict(told), "first": [str(one) for one in broken[:20]],
         }  # fmt: skip
 
     def _first_publications(self) -> Iterator[str]:
