@@ -90,3 +90,36 @@ def test_a_bundle_from_predictions_to_care(client: Client, tmp_path: Path, monke
     (root / "configs" / "metadata.json").write_text(json.dumps({"name": "Made up", "version": "0.1.1"}))
     with pytest.raises(ModelRefusedError, match="not the one that was validated"):
         client.submit(care)
+
+
+@pytest.mark.slow
+def test_a_training_ends_in_the_registry_with_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow", reason="mlflow is not installed (extra: tracking)")
+    from mlflow.tracking import MlflowClient
+
+    from permed_compute.workloads.radiology import phantoms
+
+    home = HomePaths(tmp_path / "home")
+    for name, value in {"HOME": home.root, "EXECUTOR": "inprocess", "ANCHOR": tmp_path / "anchor", "CPUS": "2"}.items():
+        monkeypatch.setenv(f"PERMED_{name}", str(value))
+    network = {"_target_": "UNet", "channels": [4, 8], "strides": [2], "norm": "instance"}
+    params = {"name": "lesions", "patch": 16, "batch": 2, "per_volume": 1, "epochs": 1, "network": network}
+    inputs = [{"name": "dataset", "path": str(phantoms.write(tmp_path / "phantoms", 8, edge=20))}]
+    training = JobSpec(
+        name="t", workload="radiology/train-segmentation", inputs=inputs, params=params, account="helse/ous",
+        legal_entity="ous",
+    )  # fmt: skip
+    try:
+        with open_client() as opened:
+            job = done(opened, training)
+            sent = opened.flush_tracking()
+            assert (sent.sent, sent.left) == (1, 0), sent.error
+            results = opened.paths(job).results
+    finally:
+        shutil.rmtree(home.runtime, ignore_errors=True)
+    uri = f"sqlite:///{home.mlflow / 'mlflow.db'}"
+    [version] = MlflowClient(tracking_uri=uri, registry_uri=uri).search_model_versions("name = 'helse.ous.lesions'")
+    assert version.tags["permed.digest"] == bundle.check(results / "bundle").digest
+    assert version.tags["permed.job"] == job.id and version.tags["permed.figures"] == "held-out"
+    card = (results / "bundle" / "docs" / "README.md").read_text()
+    assert card.startswith(version.description[:1000]) and "Dice" in card
