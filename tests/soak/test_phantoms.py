@@ -1,0 +1,30 @@
+"""A training that learns: forty made-up scans, no patient on two sides, judged on those it has not seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from permed_compute.spec import JobSpec  # noqa: E402
+from permed_compute.testing.context import LocalContext  # noqa: E402
+from permed_compute.workloads.radiology import phantoms, train  # noqa: E402
+
+ENOUGH = 0.85
+PARAMS = {"patch": 32, "batch": 4, "per_volume": 4, "epochs": 45, "patience": 0, "learning_rate": 0.002, "pictures": 0}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_forty_phantoms_teach_organ_and_lesion(tmp_path: Path) -> None:
+    dataset = phantoms.write(tmp_path / "phantoms", 40)
+    inputs = [{"name": "dataset", "path": str(dataset)}]
+    spec = JobSpec(name="phantoms", workload="radiology/train-segmentation", inputs=inputs, params=PARAMS, seed=5)
+    ctx = LocalContext(tmp_path / "run", spec, threads=torch.get_num_threads())
+    result = train.WORKLOAD.train(spec, ctx)
+    assert result is not None
+    found = {name: result.metrics[f"held-out_{name}_dice"] for name in phantoms.LABELS.values()}
+    print(found)
+    assert min(found.values()) >= ENOUGH, found
