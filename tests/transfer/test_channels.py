@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import stat
+import time
 
 import pytest
 
@@ -121,6 +122,10 @@ def test_going_on_does_not_begin_anew(far, bundle, monkeypatch):
         assert far.server.taken < bundle.layout.size * 2 // 3
         return
     (part,) = far.left()
+    for _ in range(200):  # what was under way when the line was cut reaches the disk when the server comes to it
+        if part.stat().st_size:
+            break
+        time.sleep(0.05)
     held, inode = part.stat().st_size, part.stat().st_ino
     begun = []
     read = Bundle.read
