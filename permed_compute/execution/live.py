@@ -84,7 +84,9 @@ class Meter:
     def look(self, now: float) -> dict[str, Any]:
         """The values of one record; `now` in seconds of a steady clock."""
         used, far = self._use(), self._far()
-        row: dict[str, Any] = {"done": far.done, "total": far.total, "rate": round(self._rate(now, far.computed), 6)}
+        # Before the first word of it nothing is known: a training that is taken up does not begin at 0.
+        rate = self._rate(now, far.computed) if far.total else 0.0
+        row: dict[str, Any] = {"done": far.done, "total": far.total, "rate": round(rate, 6)}
         if "cpu_s" in used:
             row["cpus"] = round(self._cores(now, used["cpu_s"]), 2)
         if "rss_mib" in used:

@@ -41,6 +41,16 @@ def test_the_rate_forgets_what_is_long_past() -> None:
     assert watched.look(live._WINDOW_S + 10.0)["rate"] == pytest.approx(1 / live._WINDOW_S, rel=0.01)
 
 
+def test_what_an_earlier_attempt_did_counts_to_no_rate() -> None:
+    far = [Far()]
+    watched = meter({}, far)
+    watched.look(0.0)
+    far.append(Far(142, 180, 142))
+    assert watched.look(5.0)["rate"] == 0.0
+    far.append(Far(152, 180, 152))
+    assert watched.look(10.0)["rate"] == 2.0
+
+
 def test_devices_are_taken_together_and_those_that_do_not_say_are_left_out() -> None:
     told = meter({"gpus": [{"busy": 80, "mib": 100}, {"busy": None, "mib": 50}]}, [Far()]).look(1.0)
     assert (told["gpu"], told["gpu_memory"]) == (80.0, 150)

@@ -125,6 +125,8 @@ class Run:
             params = self.params | {"every": 1, "seconds": STEP_S}
             self.keep(job=self.submit("broken", params=params, band="opportunistic").id)
         job = self.queue.job(self.notes["job"])
+        if job.state is JobState.PREEMPTING:  # the last piece was ended while it was holding the job
+            job = self.work(job, ended)
         return self.operator.resume(job.id) if job.state is JobState.HELD else job
 
     def strike(self, job: Job, number: int) -> Job:
