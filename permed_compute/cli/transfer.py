@@ -11,9 +11,9 @@ import typer
 
 from permed_compute.cli import words
 from permed_compute.cli.session import Session
-from permed_compute.spec import DataClass
 
 if TYPE_CHECKING:
+    from permed_compute.spec import DataClass
     from permed_compute.transfer.destinations import Destination, Direction
     from permed_compute.transfer.port import Progress
     from permed_compute.transfer.sets import Verify
@@ -33,7 +33,9 @@ def send(
     source: Annotated[Path, typer.Argument(help="A file or folder.")],
     destination: Annotated[str, typer.Argument(help="A name in the destinations file, or a folder.")],
     key: Annotated[Path | None, typer.Option(help="OpenSSH Ed25519 key to sign the manifest with.")] = None,
-    data_class: Annotated[DataClass, typer.Option(help="How sensitive the files are.")] = DataClass.RED,
+    data_class: Annotated[
+        str, typer.Option(metavar="CLASS", help="How sensitive the files are: green, yellow, red or black.")
+    ] = "red",
     volume: Annotated[
         str, typer.Option(help="Largest file to make, e.g. 2GiB; default: what the destination says.")
     ] = "",
@@ -49,14 +51,14 @@ def send(
     from permed_compute.transfer.bundle import Bundle, Layout
     from permed_compute.transfer.channels import channel
 
-    session = Session.of(ctx)
-    entry = _destination(session, destination, destinations, "send", data_class)
+    session, sensitive = Session.of(ctx), _class(data_class)
+    entry = _destination(session, destination, destinations, "send", sensitive)
     largest = _bytes(volume) or entry.volume
     if entry.signed and key is None:
         raise typer.BadParameter(f"{destination} takes signed sets only: --key ~/.ssh/id_ed25519")
     digests = DigestCache(session.settings.paths.cache)
     with bar(session, "reading") as progress:
-        manifest = sets.manifest_of(source, data_class, digests.digest, progress)
+        manifest = sets.manifest_of(source, sensitive, digests.digest, progress)
     digests.save()
     bundle = Bundle(source, Layout(manifest, signing.sign(manifest.text, key) if key else b""))
     with channel(entry, session.settings.paths.spool) as there, bar(session, "sending") as progress:
@@ -70,7 +72,7 @@ def send(
 
     session.answer(
         {"reference": manifest.reference, "files": len(manifest.rows), "bytes": manifest.size, "volumes": volumes,
-         "bundle_bytes": bundle.layout.size, "data_class": data_class.value, "signed": key is not None},
+         "bundle_bytes": bundle.layout.size, "data_class": sensitive.value, "signed": key is not None},
         show,
     )  # fmt: skip
 
@@ -146,6 +148,7 @@ def _destination(
 ) -> Destination:
     """The declared destination, or a folder of this machine. Raises `NotFoundError`, and what `permit` raises."""
     from permed_compute.errors import NotFoundError
+    from permed_compute.spec import DataClass
     from permed_compute.transfer.destinations import FolderDestination, permit, read_destinations
 
     declared = file or session.settings.paths.destinations
@@ -158,6 +161,15 @@ def _destination(
         raise NotFoundError(f"{name} is neither a declared destination nor a folder here.", remedy=known)
     permit(name, entry, direction, data_class)
     return entry
+
+
+def _class(text: str) -> DataClass:
+    from permed_compute.spec import DataClass
+
+    try:
+        return DataClass(text)
+    except ValueError:
+        raise typer.BadParameter(f"--data-class {text}: write green, yellow, red or black") from None
 
 
 def _bytes(text: str) -> int:

@@ -62,6 +62,7 @@ def test_refusals_say_what_to_do(permed, scans, gate, tmp_path):
         (("send", scans, "gate", "--key", tmp_path / "key", "--data-class", "black"), Exit.REFUSED, "up to red"),
         (("send", tmp_path / "none", "gate", "--key", tmp_path / "key"), Exit.NOT_FOUND, "a file or a folder"),
         (("send", scans, "gate", "--key", tmp_path / "key", "--volume", "2"), Exit.USAGE, "512MiB"),
+        (("send", scans, "gate", "--key", tmp_path / "key", "--data-class", "purple"), Exit.USAGE, "green, yellow"),
         (("receive", "kista", "--to", tmp_path / "to"), Exit.REFUSED, "goes one way"),
         (("receive", "gate", "--to", tmp_path / "to"), Exit.NOT_FOUND, "No set is there yet"),
         (("receive", "gate", "--to", tmp_path / "to", "--unsigned"), Exit.REFUSED, "signed sets only"),
