@@ -364,8 +364,7 @@ class Controller:
             exit_record = read_json(attempt.paths.exit)
             if exit_record is not None:
                 return self._settle(job, attempt, exit_record)
-            how = self._how_lost(attempt)
-            return self._timed_out(job, attempt) if how == "time-limit" else self._lost(job, attempt, how)
+            return self._gone(job, attempt, self._how_lost(attempt))
         if liveness is Liveness.UNKNOWN and job.state is JobState.RUNNING and quiet >= self.settings.heartbeat * 1000:
             self._move(job, JobState.UNKNOWN, "engine-silent", detail=_said(job, "The engine does not answer."))
             return True
@@ -373,6 +372,14 @@ class Controller:
             self._move(job, JobState.RUNNING, "engine-answers")
             return True
         return False
+
+    def _gone(self, job: Job, attempt: Attempt, how: str) -> bool:
+        """Without an exit record: lost, or ended by an engine that keeps the time limits."""
+        if how != "time-limit" or job.state is JobState.LAUNCHING:
+            return self._lost(job, attempt, how)
+        if job.state is JobState.UNKNOWN:
+            job = self._move(job, JobState.RUNNING, "engine-answers")
+        return self._timed_out(job, attempt)
 
     def _over_time(self, job: Job) -> bool:
         if isinstance(self.executor, Delegated):
