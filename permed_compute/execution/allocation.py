@@ -170,7 +170,8 @@ class _Lead:
         """Give each worker its node, once all nodes are there, and start the attempt."""
         deadline = time.monotonic() + _NODES_S
         while len(nodes := executor.nodes()) < self._count:
-            if time.monotonic() > deadline:
+            left = any(step.poll() is not None for step in self._steps[1:])
+            if left or time.monotonic() > deadline:
                 raise EngineError(f"{len(nodes)} of {self._count} nodes joined Ray.", remedy="See slurm.out.")
             time.sleep(_POLL_S)
         placed = replace(self._attempt, grants=place(self._attempt.grants, nodes))
@@ -289,7 +290,11 @@ def _joined(attempt: Attempt) -> int:
         folder.mkdir(mode=0o700)
     here = raykeeper.say_here(runtime)
     try:
-        session = ray.start()
+        try:
+            session = ray.start()
+        except EngineError:
+            log.info("%s", (runtime / "ray-start.log").read_text(errors="replace")[-2000:])
+            raise
         while session.lives() and (read_json(_head_file(attempt.paths)) or {}).get("job") == _job_id():
             signal.sigtimedwait(_SIGNALS, 1.0)  # Slurm's signals are the first node's to answer
     finally:

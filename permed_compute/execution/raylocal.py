@@ -91,7 +91,8 @@ class LocalRay:
         join: str = "", secret: str = "",
     ) -> None:  # fmt: skip
         self._runtime, self._lonely_s = runtime, lonely_s
-        self._label, self._address, self._join, self._secret = label, address or "127.0.0.1", join, secret
+        self._label, self._join, self._secret = label, join, secret
+        self._several, self._address = bool(address), address or "127.0.0.1"
         self._size = {
             "cpus": math.ceil(node.cpu_milli / 1000), "memory": node.memory, "gpus": len(node.gpus),
         }  # fmt: skip
@@ -149,6 +150,8 @@ class LocalRay:
             name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PERMED_"))
         }  # fmt: skip
         ours = {"RAY_AUTH_TOKEN_PATH": str(self.token), SESSION_MARK: str(self._runtime)}
+        if self._several:
+            ours["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"  # else no node may join
         return silenced(inherited) | _ENVIRONMENT | ours
 
     def _start_keeper(self) -> None:
