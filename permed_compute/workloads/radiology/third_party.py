@@ -88,9 +88,13 @@ def _is_duration(value: Any) -> bool:
 
 def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part]:
     """A part per case. Raises `EngineError` where this machine cannot seal, `WorkloadError` for an unusable list."""
+    run_sealed(Path(tempfile.mkdtemp(dir=ctx.scratch)), ctx.input(MODEL).resolve(), {"probe": True}, 60, ctx.threads)
+    return _parts(spec, ctx)
+
+
+def _parts(spec: JobSpec, ctx: Context) -> list[Part]:
     params, folder = params_of(spec.params), ctx.input(CASES).parent
     model = ctx.input(MODEL).resolve()
-    run_sealed(Path(tempfile.mkdtemp(dir=ctx.scratch)), model, {"probe": True}, 60, ctx.threads)
     parts: list[Part] = []
     seen: Counter[str] = Counter()
     for row in _rows(ctx):
@@ -351,7 +355,7 @@ def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) 
     listed = json.loads(given.read_text(encoding="utf-8"))
     done = {item.part.name: item for item in results}
     rows = []
-    for part, row in zip(plan(ctx.spec, state, ctx), _rows(ctx), strict=True):
+    for part, row in zip(_parts(ctx.spec, ctx), _rows(ctx), strict=True):
         found = {model: str((given.parent / path).resolve()) for model, path in (row.get("predictions") or {}).items()}
         if part.name in done and done[part.name].values["labels"]:
             found[params["name"]] = f"parts/{part.name}/{PUBLISHED}"
