@@ -23,6 +23,7 @@ from permed_compute.execution import gang
 from permed_compute.execution.context import WorkerContext, check_fence, pseudonym_key
 from permed_compute.execution.port import Attempt
 from permed_compute.execution.records import Records
+from permed_compute.offline import silenced
 from permed_compute.paths import AttemptPaths, HomePaths
 from permed_compute.queue.port import wall_clock
 from permed_compute.states import PartState
@@ -87,6 +88,8 @@ class Member:
         self.threads = max(1, grant.cpu_milli // 1000)
         self._dask_get = dask_get
         self.device = self._claim_device(grant.flavor, grant.devices, gpu_env)
+        if isolated:  # a Ray that somebody else has started gave it whatever environment that one had
+            os.environ.update(silenced(os.environ))
         self._limit_threads()
         self._model: Any = None
         self._model_ready = False
