@@ -91,7 +91,7 @@ class HomePaths:
 
     @property
     def outgoing(self) -> Path:
-        """Results that somebody's `permed --via` fetches."""
+        """Results that somebody's `permed --via` fetches, and the volume that TSD's client is sending."""
         return self.root / "outgoing"
 
     @property

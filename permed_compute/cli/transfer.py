@@ -61,7 +61,7 @@ def send(
         manifest = sets.manifest_of(source, sensitive, digests.digest, progress)
     digests.save()
     bundle = Bundle(source, Layout(manifest, signing.sign(manifest.text, key) if key else b""))
-    with channel(entry, session.settings.paths.spool) as there, bar(session, "sending") as progress:
+    with channel(entry, session.settings.paths.outgoing) as there, bar(session, "sending") as progress:
         volumes = sets.send(there, bundle, largest=largest, anew=anew, progress=progress)
 
     def show(console: Any) -> None:
@@ -108,7 +108,7 @@ def receive(
     entry = _destination(session, source, destinations, "receive")
     if unsigned and entry.signed:
         raise PermissionDeniedError(f"{source} is for signed sets only.", remedy="Leave --unsigned out.")
-    with channel(entry, paths.spool) as there, bar(session, "receiving") as progress:
+    with channel(entry, paths.outgoing) as there, bar(session, "receiving") as progress:
         found = arrived(there, reference)
         permit(source, entry, "receive", front(found)[0].data_class)
         receipt = sets.receive(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from permed_compute.errors import NoRoomError, NotFoundError, PermissionDeniedError, TransferError
-from permed_compute.paths import replacing
 from permed_compute.transfer.destinations import TsdDestination, permit
 from permed_compute.transfer.folder import of_os, require_room
 from permed_compute.transfer.port import CHUNK, Moved, Volume
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 _PART = 50_000_000
 """Bytes per request, as tacl sends them: what a cut costs at most."""
 _SPOOLED = 1 << 30
-"""Largest volume: the client sends files, so one volume at a time stands in the home's spool."""
+"""Largest volume: the client sends files, so one volume at a time stands in a private folder of the home."""
 _TIMEOUT_S = (10, 300)
 
 
@@ -165,7 +164,8 @@ class Tsd:
         try:
             self._spool.mkdir(parents=True, exist_ok=True, mode=0o700)
             require_room(self._spool, volume.size)
-            with replacing(file) as new, new.open("wb") as out:
+            # Always the same name, so that what a killed sender left is written over and never piles up.
+            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as out:
                 out.writelines(volume.read(0))
             yield file
         except OSError as error:

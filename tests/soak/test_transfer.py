@@ -48,7 +48,9 @@ def test_a_gigabyte_arrives_however_often_it_is_cut(kind, scans, tmp_path, capsy
     environment = os.environ | {"PERMED_HOME": str(tmp_path / "home"), "TSD_TOKEN": tsd.token()}
     more = ["--destinations", tmp_path / "d.yaml", "--json"]
     with _server(kind, far, tmp_path):
-        sent = _until_done(["send", scans, "out", *more], environment, lambda: _bytes(far, tmp_path / "home" / "spool"))
+        sent = _until_done(
+            ["send", scans, "out", *more], environment, lambda: _bytes(far, tmp_path / "home" / "outgoing")
+        )
         if kind == "tsd":
             (far / "p11" / "p11-member-group").rename(far / "p11" / "export")  # the export is approved
         received = _until_done(
