@@ -17,12 +17,14 @@ from benchmarks.harness import Case, LeftOutError
 from benchmarks.rigs.bare_ray import WORK, BareRay, ray_environment, run, start_ray
 from benchmarks.rigs.home import new_home
 from permed_compute.admission.snapshot import Node
+from permed_compute.cli.live import with_use
 from permed_compute.client import Client, open_client
 from permed_compute.execution.controller import Controller
 from permed_compute.execution.port import Attempt, Liveness
 from permed_compute.execution.records import Records
 from permed_compute.paths import HomePaths, read_json
 from permed_compute.queue.memory import MemoryQueue
+from permed_compute.service import Caller, JobService
 from permed_compute.settings import Settings
 from permed_compute.spec import JobSpec
 from permed_compute.states import JobState
@@ -32,8 +34,8 @@ WHY = (
     "A training that is preempted often must start soon and save cheaply. Gang start: from submit (ours) or fit()"
     " (Ray Train) to the first collective of two ranks on CPU, on a Ray that runs already. Checkpoint: how long the"
     " training stands still; ours is synced to the disk and hashed, torch.save alone is neither. Cycle: one round of"
-    " the controller while 1,000 attempts run and nothing happens. Goals: a gang starts no later than Ray"
-    " Train's; a round takes a quarter of a second at most."
+    " the controller while 1,000 attempts run and nothing happens, and a look at what each of them uses. Goals: a gang"
+    " starts no later than Ray Train's; a round and a look take a quarter of a second at most."
 )
 
 
@@ -52,6 +54,7 @@ def cases(quick: bool) -> list[Case]:
         Case(pause, "ours, beside training", "ms", "lower", lambda: rig.save(beside=True)),
         Case(pause, "torch.save alone", "ms", "lower", rig.plain, peer=True),
         Case(cycle, "a round of the controller", "ms", "lower", lambda: rig.round(jobs), goal="≤ 250 ms", limit=250.0),
+        Case(cycle, "a look by permed top", "ms", "lower", lambda: rig.look(jobs), goal="≤ 250 ms", limit=250.0),
     ]  # fmt: skip
 
 
@@ -142,12 +145,33 @@ class _Rig:
         """Milliseconds of one tick, the mean of ten, while the attempts beat every 2 s as they do."""
         if self._controller is None:
             self._controller = self._running(jobs)
-        for records in self._records:
-            records.beat()
+        self._beat()
         began = time.perf_counter()
         for _ in range(10):
             self._controller.tick()
         return (time.perf_counter() - began) * 100
+
+    def _beat(self) -> None:
+        """As drivers do."""
+        use = {"cpus": 1.0, "memory": 900, "done": 10, "total": 100, "rate": 0.5}
+        for records in self._records:
+            records.write("use", **use)
+
+    def look(self, jobs: int) -> float:
+        """Milliseconds until `permed top` knows what all of them use, the controller's own part included."""
+        if self._controller is None:
+            self._controller = self._running(jobs)
+        controller = self._controller
+        service = JobService(
+            controller.queue, Caller("bench", True), controller.executor.nodes, controller._seen()
+        )  # fmt: skip
+        self._beat()
+        began = time.perf_counter()
+        found = with_use(controller.home, service.top().live, int(time.time() * 1000))
+        took = (time.perf_counter() - began) * 1000
+        if sum(row["use"] is not None for row in found) != jobs:
+            raise RuntimeError("A job's use is missing.")
+        return took
 
     def _running(self, jobs: int) -> Controller:
         home = HomePaths(self._folder() / "home").create()
