@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,38 +24,56 @@ from permed_compute.states import JobState
 
 TITLE = "A bag of parts on four engines"
 WHY = (
-    "What a queue, a ledger, digests and an exit record cost beside engines that have none of them. From handing the"
-    " bag over to having every result; the engine runs, its workers are started for the bag (dask: its cluster too, as"
-    " none stays). Wall time is the figure; CPU seconds and memory of everything that took part stand beside it. The"
-    " bag of parts that do nothing shows what starting and a part cost by themselves. Goal: none; figures stand"
-    " side by side."
+    "What a queue, a ledger, digests and an exit record cost beside engines that have none of them. The bag: from"
+    " handing it over to having every result; the engine runs, its workers are started for the bag (dask: its cluster"
+    " too, as none stays). CPU seconds and memory of everything that took part stand beside it. A part more: what"
+    " another part costs that does nothing, starting left out (a large bag less a small one, by their difference in"
+    " parts). 1 → 2 workers: the same bag on one worker, then on two, in one measurement. Goal: two workers are at"
+    " least 1.7 times as fast as one; for the rest, figures stand side by side."
 )
+_SMALL, _LARGE = 100, 600
+_SCALING = 1.7
 
 
 def cases(quick: bool) -> list[Case]:
-    parts, part_s = (20, 0.01) if quick else (200, 0.05)
+    parts, part_s = (20, 0.01) if quick else (200, 0.1)
+    small, large = (5, 15) if quick else (_SMALL, _LARGE)
     rig = _Rig()
     steps = _steps_for(part_s)
-    bags = ((f"{parts} parts of {part_s * 1000:.0f} ms", steps), (f"{parts} parts that do nothing", 1))
+    whole = f"{parts} parts of {part_s * 1000:.0f} ms, 2 workers"
+    more, scaling = (
+        "a part more that does nothing, 2 workers",
+        f"{parts} parts of {part_s * 1000:.0f} ms: 1 → 2 workers",
+    )
     found = []
-    for group, size in bags:
+    for number, (name, side) in enumerate(_SIDES.items()):
+        peer, close = number > 0, rig.close
+        bag = partial(rig.bag, side)
         found += [
-            Case(group, "ours, on Ray, 2 workers", "s", "lower", _ours(rig, 2, parts, size), close=rig.close),
-            Case(group, "bare Ray tasks", "s", "lower", _bare(rig, "tasks", parts, size), peer=True),
-            Case(group, "Ray Data map_batches", "s", "lower", _bare(rig, "data", parts, size), peer=True),
-            Case(group, "dask.distributed", "s", "lower", _bare(rig, "dask", parts, size), peer=True),
+            Case(whole, name, "s", "lower", partial(bag, 2, parts, steps), peer=peer, close=close),
+            Case(more, name, "ms", "lower", partial(_slope, bag, small, large), peer=peer),
         ]
-        if size > 1:
-            found.append(Case(group, "ours, on Ray, 1 worker", "s", "lower", _ours(rig, 1, parts, size)))
-    return found
+        if side != "data":  # its readers want a core of their own, so that one worker is never one
+            goal = {} if peer else {"goal": f"≥ {_SCALING} × as fast", "limit": 1.0 if quick else _SCALING}
+            found.append(
+                Case(scaling, name, "×", "higher", partial(_faster, bag, parts, steps), peer=peer, **goal)
+            )  # fmt: skip
+    return sorted(found, key=lambda case: [whole, more, scaling].index(case.group))
 
 
-def _ours(rig: _Rig, workers: int, parts: int, steps: int) -> Callable[[], float]:
-    return lambda: rig.ours(workers, parts, steps)
+_SIDES = {
+    "ours, on Ray": "ours", "bare Ray tasks": "tasks", "Ray Data map_batches": "data", "dask.distributed": "dask",
+}  # fmt: skip
 
 
-def _bare(rig: _Rig, engine: str, parts: int, steps: int) -> Callable[[], float]:
-    return lambda: rig.bare(engine, parts, steps)
+def _slope(bag: Callable[[int, int, int], float], small: int, large: int) -> float:
+    """Milliseconds that another part costs."""
+    return 1000 * (bag(2, large, 1) - bag(2, small, 1)) / (large - small)
+
+
+def _faster(bag: Callable[[int, int, int], float], parts: int, steps: int) -> float:
+    """How many times as fast two workers are as one."""
+    return bag(1, parts, steps) / bag(2, parts, steps)
 
 
 class _Rig:
@@ -67,6 +86,10 @@ class _Rig:
 
     def close(self) -> None:
         self._stack.close()
+
+    def bag(self, side: str, workers: int, parts: int, steps: int) -> float:
+        """Seconds."""
+        return self.ours(workers, parts, steps) if side == "ours" else self.bare(side, workers, parts, steps)
 
     def ours(self, workers: int, parts: int, steps: int) -> float:
         if self._client is None:
@@ -85,13 +108,13 @@ class _Rig:
         self._same(parts, steps, result["values"]["sum"])
         return seconds
 
-    def bare(self, engine: str, parts: int, steps: int) -> float:
+    def bare(self, engine: str, workers: int, parts: int, steps: int) -> float:
         if engine == "dask" and find_spec("distributed") is None:
             raise LeftOutError("distributed is not installed (extra: bench)")
         if self._bare is None:
             environment = self._stack.enter_context(ray_environment())
             self._bare = start_ray(environment, os.cpu_count() or 2, dashboard=False)
-        numbers = [str(number) for number in (2, parts, steps)]
+        numbers = [str(number) for number in (workers, parts, steps)]
         command = [sys.executable, str(WORK / "bare_bag.py"), engine, self._bare.address, *numbers]
         told = json.loads(run(command, self._bare.environment, timeout_s=300).splitlines()[-1])
         self._same(parts, steps, told["sum"])

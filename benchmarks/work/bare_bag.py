@@ -18,7 +18,7 @@ def tasks(address: str, workers: int, parts: int, steps: int) -> tuple[float, in
     import ray
 
     ray.init(address=address, log_to_driver=False, logging_level="error")
-    part = ray.remote(num_cpus=1)(burn)
+    part = ray.remote(num_cpus=ray.cluster_resources()["CPU"] / workers)(burn)  # so many at once
     began = time.perf_counter()
     total = sum(ray.get([part.remote(steps, number) for number in range(parts)]))
     return time.perf_counter() - began, total
@@ -37,7 +37,7 @@ def data(address: str, workers: int, parts: int, steps: int) -> tuple[float, int
         return {"value": [str(burn(steps, int(number))) for number in batch["id"]]}
 
     # As tasks: a pool of actors on all cores would leave none to the tasks that make its blocks, for ever.
-    done = bag.map_batches(compute, batch_size=1, num_cpus=1)
+    done = bag.map_batches(compute, batch_size=1, num_cpus=ray.cluster_resources()["CPU"] / workers)
     total = sum(int(row["value"]) for row in done.take_all())
     return time.perf_counter() - began, total
 
