@@ -52,7 +52,7 @@ def test_the_goals_are_those_that_were_promised() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.soak  # half a minute; the benchmark itself refuses other sums whenever it is run
 @pytest.mark.timeout(600)
 def test_both_sides_of_the_overhead_compute_the_same() -> None:
     pytest.importorskip("ray")
