@@ -58,12 +58,12 @@ class Case:
         return render.sbatch(self.request, COMMAND, output="%x-%j.log", **self.files)
 
 
-_ARM = Choice(image="/cluster/work/projects/nn9999k/permed-arm64.sif")
-_AMD64 = "/cluster/work/projects/nn9999k/permed.sif"
+_ARM = Choice(image="/cluster/projects/nn9999k/permed-arm64.sif")
+_AMD64 = "/cluster/projects/nn9999k/permed.sif"
 _LUMI = "project_465000001"
 _STAGE = {
-    "stage_in": [("/nird/datalake/NS9999K/in", "/cluster/work/projects/nn9999k/in")],
-    "stage_out": [("/cluster/work/projects/nn9999k/out", "/nird/datapeak/NS9999K/out")],
+    "stage_in": [("/nird/datalake/NS9999K/in", "/cluster/projects/nn9999k/in")],
+    "stage_out": [("/cluster/projects/nn9999k/out", "/nird/datapeak/NS9999K/out")],
 }
 
 # Billing as in the design's table of golden cases, which the sites' pages and (the first) real Slurm give.
