@@ -18,7 +18,7 @@ from permed_compute.cli.session import Session
 from permed_compute.cli.site import AccountOption, FurtherOption, ImageOption, PartitionOption, QosOption
 from permed_compute.cli.submit import at_site, checked
 from permed_compute.errors import NotFoundError, PermedError, QueueError
-from permed_compute.states import JobState
+from permed_compute.states import ENDED, JobState
 
 if TYPE_CHECKING:
     from permed_compute.client import Client
@@ -128,7 +128,7 @@ def _stay(session: Session, client: Client, ids: list[str]) -> Done:
             with Display(session, client) as display:
                 jobs = client.wait(ids, display.look)
         except KeyboardInterrupt:
-            return Done(_interrupted(session, client, ids), Exit.INTERRUPTED)
+            return _interrupted(session, client, ids)
     tracking = None
     if (
         client.embedded
@@ -140,8 +140,11 @@ def _stay(session: Session, client: Client, ids: list[str]) -> Done:
     return Done(jobs, of_states([job.state for job in jobs]), tracking)
 
 
-def _interrupted(session: Session, client: Client, ids: list[str]) -> list[Job]:
-    """First press: stop where it can go on, and hold. Second press: stop at once, and hold."""
+def _interrupted(session: Session, client: Client, ids: list[str]) -> Done:
+    """First press: stop where it can go on, and hold. Second press: stop at once, and hold.
+
+    A job that was through before it could stop has ended as it has: there is nothing to go on with.
+    """
     if client.embedded:
         session.note("stopping where it can go on; Ctrl-C again stops at once …")
         try:
@@ -151,7 +154,9 @@ def _interrupted(session: Session, client: Client, ids: list[str]) -> list[Job]:
         for job in map(client.service.job, ids):
             if job.state is JobState.QUEUED:
                 client.service.hold(job.id)
-    return [client.service.job(job_id) for job_id in ids]
+    jobs = [client.service.job(job_id) for job_id in ids]
+    through = all(job.state in ENDED for job in jobs)
+    return Done(jobs, of_states([job.state for job in jobs]) if through else Exit.INTERRUPTED)
 
 
 @contextmanager

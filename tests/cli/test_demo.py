@@ -16,10 +16,23 @@ from permed_compute.cli.demo import find_head
 from permed_compute.cli.exits import Exit
 from permed_compute.errors import NotFoundError
 from permed_compute.paths import HomePaths
-from permed_compute.workloads.radiology import sample
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 PERMED = [sys.executable, "-m", "permed_compute.cli"]
+WAIT = """
+import time
+from pathlib import Path
+
+
+def run(part, ctx):
+    study = Path(part.sources[0]).parent
+    (study / "begun").touch()
+    while not (study / "go").exists():
+        if ctx.should_stop():
+            raise InterruptedError("asked to stop")
+        time.sleep(0.1)
+    return {"went": 1}
+"""
 
 
 @pytest.fixture
@@ -65,14 +78,19 @@ def test_the_demo_leaves_five_outputs_and_no_process(home: HomePaths, on_ray: di
 def test_ctrl_c_leaves_nothing_running_and_a_job_to_resume(
     home: HomePaths, on_ray: dict[str, str], tmp_path: Path
 ) -> None:
-    try:
-        sample.write_sample(tmp_path / "heads", studies=2, edge=96)
-    except NotFoundError as error:
-        pytest.skip(error.message)
-    run = [*PERMED, "run", "radiology/brain-extraction", "--input", str(tmp_path / "heads")]
-    process = subprocess.Popen(run, env=on_ray, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """The parts wait for a file, so that the job is never through before the Ctrl-C, however slow the machine."""
+    study = tmp_path / "study"
+    (study / "code").mkdir(parents=True)
+    (study / "code" / "waiting.py").write_text(WAIT)
+    (study / "a.txt").write_text("a")
+    (study / "b.txt").write_text("b")
+    job = study / "job.yaml"
+    job.write_text("name: wait\nworkload: waiting:run\ncode: code\ninputs: [a.txt, b.txt]\n")
+    process = subprocess.Popen(
+        [*PERMED, "run", str(job)], env=on_ray, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     end = time.monotonic() + 120
-    while not any('"plan"' in file.read_text() for file in home.jobs.glob("*/attempts/*/records-driver.jsonl")):
+    while not (study / "begun").exists():
         assert time.monotonic() < end
         assert process.poll() is None
         time.sleep(0.1)
@@ -81,8 +99,9 @@ def test_ctrl_c_leaves_nothing_running_and_a_job_to_resume(
     assert process.returncode == Exit.INTERRUPTED, err
     assert of_this_home(home) == []
     held = out.partition("permed resume ")[2].split("`")[0]
+    assert held, out + err
+    (study / "go").touch()
     done = subprocess.run([*PERMED, "resume", held, "--json"], env=on_ray, capture_output=True, text=True, timeout=280)
     assert done.returncode == Exit.OK, done.stderr
-    counts = json.loads(done.stdout)["jobs"][0]["detail"]["counts"]
-    assert sum(counts.values()) == 2
+    assert json.loads(done.stdout)["jobs"][0]["detail"]["counts"]["DONE"] == 2
     assert of_this_home(home) == []

@@ -13,6 +13,7 @@ import pytest
 from permed_compute.cli.exits import Exit
 from permed_compute.cli.progress import Display
 from permed_compute.paths import HomePaths
+from permed_compute.states import JobState
 
 
 def test_run_computes_and_says_where_the_results_are(permed, job_file: Path, home: HomePaths) -> None:
@@ -82,6 +83,22 @@ def test_ctrl_c_while_waiting_holds_too(permed, job_file: Path, monkeypatch: pyt
     monkeypatch.setattr(Display, "look", press)
     assert permed("run", job_file).code == Exit.INTERRUPTED
     assert permed("jobs", "--json").json[0]["state"] == "HELD"
+
+
+def test_ctrl_c_after_the_last_part_says_how_the_job_ended(
+    permed, job_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = Display.look
+
+    def press(self: Display, jobs: list) -> None:
+        look(self, jobs)
+        if any(job.state is JobState.SUCCEEDED for job in jobs):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Display, "look", press)
+    answer = permed("run", job_file)
+    assert answer.code == Exit.OK
+    assert "5 done" in answer.out
 
 
 def test_detach_only_queues(permed, job_file: Path) -> None:
