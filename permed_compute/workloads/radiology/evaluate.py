@@ -34,11 +34,12 @@ from typing import Any
 import numpy as np
 
 from permed_compute.errors import Finding, Problem, RefusedInput, SpecError, WorkloadError
+from permed_compute.learning import calibration
 from permed_compute.learning.evidence import UNSAID
 from permed_compute.paths import write_json
 from permed_compute.spec import JobSpec
 from permed_compute.workloads.port import Context, DonePart, Map, Part, PartResult, Result
-from permed_compute.workloads.radiology import calibration, evaluation, lesions, nifti, patches, scores, volume_store
+from permed_compute.workloads.radiology import evaluation, lesions, nifti, patches, scores, volume_store
 from permed_compute.workloads.radiology.read import Volume
 
 CASES = "cases"

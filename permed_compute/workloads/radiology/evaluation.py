@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from permed_compute.learning import calibration, statistics
 from permed_compute.learning.evidence import Evidence, Figure, digest_of
+from permed_compute.learning.statistics import FEW
 from permed_compute.paths import replacing
 from permed_compute.reports.html import render
-from permed_compute.workloads.radiology import calibration, statistics
 from permed_compute.workloads.radiology.lesions import RATES, Detections, froc
 from permed_compute.workloads.radiology.read import Volume
 from permed_compute.workloads.radiology.scores import HIGHER_IS_BETTER, METRICS
 
-FEW = 5
-"""Patients below which a subgroup's figures are called few: they say little, and may say whose they are."""
 _WIDE = 360
 
 

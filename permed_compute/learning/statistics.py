@@ -15,6 +15,8 @@ from permed_compute.errors import WorkloadError
 
 DRAWS = 2000
 LEVEL = 0.95
+FEW = 5
+"""Patients below which a subgroup's figures are called few: they say little, and may say whose they are."""
 _AT_A_TIME = 1 << 24
 
 
@@ -34,12 +36,12 @@ def mean(values: Sequence[float], patients: Sequence[str], seed: int = 0) -> Est
     x = np.asarray(values, float)
     if not len(x):
         return None
-    groups = _numbered(patients)
+    groups = numbered(patients)
     many = int(groups.max()) + 1
     if many < 2:
         return Estimate(float(x.mean()), None, None, len(x), many)
     sums, sizes = np.bincount(groups, x, many), np.bincount(groups, minlength=many).astype(float)
-    drawn = np.concatenate([(w @ sums) / (w @ sizes) for w in _weights(many, seed)])
+    drawn = np.concatenate([(w @ sums) / (w @ sizes) for w in draws(many, seed)])
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(x.mean()), float(low), float(high), len(x), many)
 
@@ -67,7 +69,7 @@ def apart(
     x = np.concatenate([np.asarray(inside, float), np.asarray(outside, float)])
     if not len(inside) or not len(outside):
         return None
-    groups = _numbered([*patients[0], *patients[1]])
+    groups = numbered([*patients[0], *patients[1]])
     is_in = np.arange(len(x)) < len(inside)
     difference = float(x[is_in].mean() - x[~is_in].mean())
     few = min(len(set(patients[0])), len(set(patients[1])))
@@ -77,12 +79,12 @@ def apart(
     parts = [
         (np.bincount(groups[own], x[own], many), np.bincount(groups[own], minlength=many)) for own in (is_in, ~is_in)
     ]
-    draws = []
-    for weights in _weights(many, seed):
+    drawn = []
+    for weights in draws(many, seed):
         (a, n), (b, m) = ((weights @ sums, weights @ sizes) for sums, sizes in parts)
         there = (n > 0) & (m > 0)
-        draws.append(a[there] / n[there] - b[there] / m[there])
-    low, high = np.quantile(np.concatenate(draws), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        drawn.append(a[there] / n[there] - b[there] / m[there])
+    low, high = np.quantile(np.concatenate(drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Difference(difference, float(low), float(high), len(inside))
 
 
@@ -98,17 +100,18 @@ def paired(first: Sequence[float], second: Sequence[float], patients: Sequence[s
     change = np.asarray(second, float) - np.asarray(first, float)
     told = mean(change.tolist(), patients, seed)
     assert told is not None
-    groups = _numbered(patients)
+    groups = numbered(patients)
     per_patient = np.bincount(groups, change) / np.bincount(groups)
     p = 1.0 if not per_patient.any() else float(wilcoxon(per_patient, zero_method="zsplit").pvalue)
     return Difference(told.mean, told.low, told.high, told.cases, p)
 
 
-def _numbered(patients: Sequence[str]) -> np.ndarray:
+def numbered(patients: Sequence[str]) -> np.ndarray:
+    """Of each case, the number of its patient, from 0."""
     return np.unique(np.asarray(patients), return_inverse=True)[1]
 
 
-def _weights(many: int, seed: int) -> list[np.ndarray]:
+def draws(many: int, seed: int) -> list[np.ndarray]:
     """How often each patient is drawn: blocks of (draws, patients)."""
     chance = np.random.default_rng(seed)
     step = max(1, min(DRAWS, _AT_A_TIME // many))

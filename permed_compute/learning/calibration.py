@@ -1,6 +1,7 @@
-"""Whether a probability means what it says: of voxels called 0.8, are 80 % of the structure?
+"""Whether a probability means what it says: of what is called 0.8, is 80 % so?
 
-Counted per case in bins and added up over cases, so that the whole is exact and no voxel is kept.
+Counted per case in bins and added up over cases, so that the whole is exact and no voxel is kept. Of patients or
+studies, each is one.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ LEAST = 0.01
 """Voxels outside the structure below this are left out: air that is surely air would make any model look calibrated."""
 
 
-def counts(truth: np.ndarray, probability: np.ndarray) -> dict[str, list[float]]:
+def counts(truth: np.ndarray, probability: np.ndarray, least: float = LEAST) -> dict[str, list[float]]:
     """Per bin of equal width: voxels, the sum of their probabilities, those that are of the structure; and Brier's sum.
 
-    Voxels count where the probability is at least `LEAST` or the truth is true.
+    Voxels count where the probability is at least `least` or the truth is true: 0 where all do.
     """
-    there = truth | (probability >= LEAST)
+    there = truth | (probability >= least)
     p, y = np.clip(probability[there].astype(float), 0, 1), truth[there]
     bins = np.minimum((p * BINS).astype(int), BINS - 1)
     return {
