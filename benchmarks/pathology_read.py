@@ -12,8 +12,9 @@ from benchmarks.rigs import slides
 TITLE = "Reading slide tiles"
 WHY = (
     "An encoder waits for tiles: the JPEG decoder should be the limit, not what lies around it. All give the same"
-    " (256, 256, 3) RGB pixels, which is checked; one thread each, warm. Goals against OpenSlide: 4 times aligned,"
-    " twice off the grid in order."
+    " RGB pixels, which is checked; one thread each, warm. Ours are read into one buffer, again and again, as the"
+    " encoding job does; fresh memory for each batch costs as much as decoding. Goals against OpenSlide: 4 times"
+    " aligned, twice off the grid in order."
 )
 
 Read = Callable[[int, int, int], np.ndarray]
@@ -29,7 +30,7 @@ def cases(quick: bool) -> list[Case]:
     found: list[Case] = []
     for group, size, places, goal in (
         ("256 aligned, tiles/CPU-s", 256, grid(edge, 256, 0)[:count], 4.0),
-        ("512 aligned, tiles/CPU-s", 512, grid(edge, 512, 0)[: count // 3], 4.0),
+        ("512 aligned, tiles/CPU-s", 512, grid(edge, 512, 0)[:count], 4.0),
         ("256 off the grid, in order, tiles/CPU-s", 256, grid(edge, 256, 100)[:count], 2.0),
         ("256 off the grid, at random, tiles/CPU-s", 256, random.integers(0, edge - 256, (count, 2)), None),
     ):
@@ -64,12 +65,15 @@ def ours(edge: int, size: int, places: np.ndarray, mpp: float, *, raw: bool = Fa
         from permed_compute.workloads.pathology.source import open_slide
 
         with Reader(open_slide(slides.slide(edge) if raw else slides.store(edge))) as reader:
+            pixels = np.empty((64, size, size, 3), np.uint8)
 
-            def work() -> int:
-                for k in range(0, len(places), 64):
-                    reader.read_many(mpp, places[k : k + 64], size)
-                return len(places)
+            def work(several: np.ndarray = places) -> int:
+                for k in range(0, len(several), 64):
+                    part = several[k : k + 64]
+                    reader.read_many(mpp, part, size, pixels[: len(part)])
+                return len(several)
 
+            work(places[:64])
             return slides.rate(work)
 
     return measure
