@@ -58,6 +58,12 @@ def estimate(figures: np.ndarray) -> Estimate | None:
 
 def concordance(pairs: Pairs, score: np.ndarray, counts: np.ndarray) -> Estimate | None:
     """score: (n,); counts: of `draws`. None where no pair can be compared."""
+    return estimate(shares(pairs, score, counts))
+
+
+def shares(pairs: Pairs, score: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(draws,): the figure of everybody and of each draw, NaN where no pair can be compared. Of two scores under the
+    same `counts`, the difference is paired."""
     people = len(score)
     above, all_of_them = np.zeros(len(counts)), np.zeros(len(counts))
     step = max(1, _AT_A_TIME // max(1, people))
@@ -67,7 +73,7 @@ def concordance(pairs: Pairs, score: np.ndarray, counts: np.ndarray) -> Estimate
         wins = (score[rows, None] > score) + 0.5 * (score[rows, None] == score)
         above += (counts[:, rows] * (counts @ (weight * wins).T)).sum(1)
         all_of_them += (counts[:, rows] * (counts @ weight.T)).sum(1)
-    return estimate(np.divide(above, all_of_them, out=np.full(len(counts), np.nan), where=all_of_them > 0))
+    return np.divide(above, all_of_them, out=np.full(len(counts), np.nan), where=all_of_them > 0)
 
 
 def auroc(is_class: np.ndarray, score: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate | None:

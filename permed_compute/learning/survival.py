@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from permed_compute.errors import Finding, RefusedInput
-from permed_compute.learning.concordance import RESAMPLES, Estimate, concordance, draws, estimate
+from permed_compute.learning.concordance import RESAMPLES, Estimate, concordance, draws, estimate, shares
 
 if TYPE_CHECKING:
     import torch
@@ -252,6 +252,17 @@ def scores(
     if curve is not None and times is not None:
         found[IBS] = _integrated_brier(train, test, np.asarray(curve, float), np.asarray(times, float), counts)
     return found
+
+
+def compared(
+    test: Outcomes, first: np.ndarray, second: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
+) -> Estimate | None:
+    """Harrell's C of the first risk minus that of the second: the same people, drawn together."""
+    counts, later = draws(len(test), seed, resamples), _later(test)
+    one, other = (
+        shares(lambda rows: later(rows).astype(float), np.asarray(risk, float), counts) for risk in (first, second)
+    )
+    return estimate(one - other)
 
 
 def _later(test: Outcomes) -> Any:

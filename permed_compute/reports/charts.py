@@ -80,6 +80,59 @@ def _curve(line: Line, top: int, scale: float, note: str) -> Markup:
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A curve that holds its value until the next time: 1 before the first. tone: `accent`, `peer`, `warn` or `bad`."""
+
+    label: str
+    time: Sequence[float]
+    value: Sequence[float]
+    note: str = ""
+    tone: str = "accent"
+
+
+def steps(lines: Sequence[Step], title: str, *, unit: str = "") -> Markup:
+    """Step curves over each other from 0 to 1 (Kaplan–Meier), with a legend below; each has its own colour and dash."""
+    last = max((max(line.time, default=0.0) for line in lines), default=0.0) or 1.0
+    height = 2 * _PLOT
+    plot = Markup("").join(
+        Markup('<polyline class="line {tone}" points="{points}" vector-effect="non-scaling-stroke"/>').format(
+            tone=line.tone, points=_stairs(line, last)
+        )
+        for line in lines
+    )
+    drawn = [
+        Markup('<text class="note" x="0" y="12">1</text><text class="note" x="0" y="{y}">0</text>').format(
+            y=height + 8
+        ),
+        Markup(
+            '<svg x="16" y="4" width="98%" height="{height}" viewBox="0 0 1000 100" preserveAspectRatio="none">'
+            '<rect class="track" width="1000" height="100"/>{plot}</svg>'
+        ).format(height=height, plot=plot),
+        Markup('<text class="note" x="100%" y="{y}" text-anchor="end">{last}</text>').format(
+            y=height + 24, last=f"{last:.4g} {unit}".strip()
+        ),
+    ]
+    for k, line in enumerate(lines):
+        y = height + 24 + 24 * k
+        drawn.append(
+            Markup(
+                '<line class="line {tone}" x1="16" x2="56" y1="{mid}" y2="{mid}"/>'
+                '<text x="66" y="{y}">{label} <tspan class="value">{note}</tspan></text>'
+            ).format(tone=line.tone, mid=y - 5, y=y, label=line.label, note=line.note)
+        )
+    return _svg(title, drawn, height + 24 * len(lines) + 12)
+
+
+def _stairs(line: Step, last: float) -> str:
+    points, level = ["0,0"], 1.0
+    for time, value in zip(line.time, line.value, strict=True):
+        x = 1000 * time / last
+        points += [f"{x:.1f},{100 - 100 * level:.2f}", f"{x:.1f},{100 - 100 * value:.2f}"]
+        level = value
+    return " ".join(points)
+
+
 def horizontal_bars(bars: Sequence[Bar], title: str) -> Markup:
     """One bar under the other on one scale from zero. `title` is what a screen reader says first."""
     return _svg(title, [_rows(bars, top=0, scale=_longest(bars))], len(bars) * _ROW)

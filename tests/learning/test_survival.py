@@ -166,3 +166,14 @@ def test_outcomes_that_cannot_be_learned_from_are_refused() -> None:
         survival.checked_classes(["a", "a"])
     with pytest.raises(RefusedInput, match="LABEL_MISSING"):
         survival.checked_classes(["a", ""])
+
+
+def test_two_risks_are_compared_on_the_same_draws() -> None:
+    outcomes, risk = people(4)
+    other = np.random.default_rng(9).normal(size=len(risk))
+    told = survival.compared(outcomes, risk, other, resamples=200)
+    alone = [survival.scores(outcomes, outcomes, one, resamples=200)[survival.HARRELL] for one in (risk, other)]
+    assert told is not None and told.value == pytest.approx(alone[0].value - alone[1].value)
+    assert told.low < told.value < told.high
+    same = survival.compared(outcomes, risk, 2 * risk + 1, resamples=200)
+    assert (same.value, same.low, same.high) == (0, 0, 0)

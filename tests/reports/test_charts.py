@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 
-from permed_compute.reports.charts import Bar, Group, grouped_bars, horizontal_bars
+from permed_compute.reports.charts import Bar, Group, Step, grouped_bars, horizontal_bars, steps
 
 
 def drawn(svg: str, css: str) -> list[dict[str, str]]:
@@ -38,3 +38,15 @@ def test_words_are_escaped_and_the_title_is_read_first() -> None:
 def test_nothing_to_draw_is_drawn_without_a_division_by_zero() -> None:
     ElementTree.fromstring(horizontal_bars([], "Nothing"))
     ElementTree.fromstring(grouped_bars([Group("zero", [Bar("a", 0.0, "0", 0.0, 0.0)])], "Zero"))
+
+
+def test_a_step_holds_its_value_until_the_next_and_the_longest_curve_gives_the_axis() -> None:
+    svg = steps(
+        [Step("low", [2.0, 4.0], [0.5, 0.25]), Step("high", [1.0], [0.0], tone="bad")], "Survival", unit="years"
+    )
+    low, high = (line["points"] for line in drawn(svg, "line") if "points" in line)
+    assert low == "0,0 500.0,0.00 500.0,50.00 1000.0,50.00 1000.0,75.00"
+    assert high == "0,0 250.0,0.00 250.0,100.00"
+    assert "4 years" in [element.text for element in ElementTree.fromstring(svg).iter()]
+    assert len(drawn(svg, "bad")) == 2  # the curve and its line in the legend
+    ElementTree.fromstring(steps([], "Nothing"))

@@ -18,10 +18,10 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from permed_compute.errors import Finding, NotFoundError, Problem, SpecError, WorkloadError
+from permed_compute.learning.alone import alone
 from permed_compute.paths import replacing, write_json
 from permed_compute.spec import JobSpec
 from permed_compute.workloads.port import Context, DonePart, Map, Next, Part, PartResult, Result
@@ -134,35 +134,11 @@ def _value(axis: Mapping[str, Any], proposed: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ one trial
 
 
-class _Trial:
-    """A part's context as a training sees it: one rank, the job's seed, nothing kept in between."""
-
-    rank, world = 0, 1
-
-    def __init__(self, ctx: Context, spec: JobSpec) -> None:
-        self._ctx, self.spec, self.seed = ctx, spec, spec.seed
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ctx, name)
-
-    def log_metric(self, name: str, value: float, step: int | None = None) -> None:
-        """Curves of many trials are no curve."""
-
-    def checkpoint(self, save: Any, *, keep: Any = None, beside: bool = False) -> None:
-        """A part is small enough to lose."""
-
-    def restore(self) -> Path | None:
-        return None
-
-    def agree(self, mine: bool) -> bool:
-        return mine
-
-
 def run(part: Part, model: None, ctx: Context) -> PartResult:
     """The best validation score of a training. One that cannot be made so is a finding and no score."""
     try:
         params = train.params_of({**part.params["train"], "pictures": 0})
-        made = train.fitted(params, cast(Context, _Trial(ctx, ctx.spec)))
+        made = train.fitted(params, alone(ctx, ctx.spec.seed))
     except (SpecError, WorkloadError) as error:
         finding = Finding("TRIAL_IMPOSSIBLE", f"It cannot be trained so: {error.message}", "note", part.name)
         return PartResult({"trial": part.params["trial"], "score": None}, [finding])
