@@ -12,7 +12,7 @@ its intervals are of the same figure, not of an approximation of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,18 +81,3 @@ def auroc(is_class: np.ndarray, score: np.ndarray, *, seed: int = 0, resamples: 
     own = np.asarray(is_class, bool)
     weight: Pairs = lambda rows: (own[rows, None] & ~own).astype(float)  # noqa: E731 - a function of one expression
     return concordance(weight, np.asarray(score, float), draws(len(own), seed, resamples))
-
-
-def auroc_by_class(
-    labels: Sequence[str], probabilities: np.ndarray, classes: Sequence[str], *, seed: int = 0,
-    resamples: int = RESAMPLES,
-) -> Mapping[str, Estimate | None]:  # fmt: skip
-    """Each class against the others; of two classes the second alone, because the first's is the same figure.
-
-    probabilities: (n, classes).
-    """
-    truth = np.asarray(labels)
-    told = list(enumerate(classes))[1:] if len(classes) == 2 else list(enumerate(classes))
-    return {
-        name: auroc(truth == name, probabilities[:, k], seed=seed, resamples=resamples) for k, name in told
-    }  # fmt: skip

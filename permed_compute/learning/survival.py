@@ -44,7 +44,7 @@ class Outcomes:
 def checked_outcomes(time: Sequence[Any], event: Sequence[Any], *, about: str = "") -> Outcomes:
     """Raises `RefusedInput`: OUTCOME_UNREADABLE, TIME_NEGATIVE (0 too), NO_EVENT, ONE_TIME."""
     try:
-        seen = np.array([_SAID[str(value).strip().lower()] for value in event], bool)
+        seen = np.array([was_seen(value) for value in event], bool)
         times = np.array([float(value) for value in time], float)
     except (KeyError, TypeError, ValueError):
         raise _refused(
@@ -84,6 +84,11 @@ def checked_classes(labels: Sequence[str], *, about: str = "") -> tuple[str, ...
 
 
 _SAID = {"1": True, "0": False, "true": True, "false": False, "1.0": True, "0.0": False}
+
+
+def was_seen(value: Any) -> bool:
+    """An event as tables write it. Raises `KeyError`."""
+    return _SAID[str(value).strip().lower()]
 
 
 def _refused(code: str, sentence: str, about: str, remedy: str, **numbers: Any) -> RefusedInput:

@@ -109,7 +109,7 @@ def test_the_interval_is_of_the_figure_itself_on_people_drawn_anew() -> None:
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(told, [0.025, 0.975])))
 
 
-def test_auroc_is_scikit_learns_and_of_two_classes_one_is_told() -> None:
+def test_auroc_is_scikit_learns() -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     chance = np.random.default_rng(6)
     truth = chance.random(80) < 0.4
@@ -117,9 +117,6 @@ def test_auroc_is_scikit_learns_and_of_two_classes_one_is_told() -> None:
     found = concordance.auroc(truth, score, resamples=200)
     assert found.value == pytest.approx(metrics.roc_auc_score(truth, score)) and found.low < found.value < found.high
     assert concordance.auroc(np.ones(5, bool), np.arange(5)) is None
-    labels = ["t" if one else "n" for one in truth]
-    told = concordance.auroc_by_class(labels, np.stack([-score, score], 1), ("n", "t"), resamples=200)
-    assert told == {"t": found}
 
 
 def test_a_curve_of_a_cox_risk_is_breslows() -> None:
