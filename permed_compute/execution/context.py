@@ -9,7 +9,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -49,6 +49,7 @@ class WorkerContext:
     threads: int = 1
     scratch: Path = Path()
     out: Path = Path()
+    missed: Mapping[str, str] = field(default_factory=dict)
     collective: Callable[[bool], bool] = bool
     terminated: Callable[[], bool] = bool
     """Whether this very process was asked to go (SIGTERM)."""

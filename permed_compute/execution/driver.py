@@ -178,6 +178,8 @@ class _Drive:
             done = self._parts(parts, found, model, crew, ctx)
             if parts and not done:
                 return None, model
+            bad = (row for row in self.part_rows.values() if row["state"] in (PartState.FAILED, PartState.REFUSED))
+            ctx.missed = {row["name"]: row.get("reason", "") for row in bad}
             with ctx.stage("reduce"):
                 result = work.reduce(done, saved["state"], ctx)
             if isinstance(result, Result):
@@ -275,7 +277,11 @@ def _first_cause(ranks: Sequence[Future[Row]]) -> BaseException:
 
 @dataclass(slots=True)
 class _Handout:
-    """Gives parts to members as they free up, and decides what a failure or a lost member means for them."""
+    """Gives parts to members as they free up, and decides what a failure or a lost member means for them.
+
+    Once a member's node is gone there is no place for another one in this attempt: what the others work on is waited
+    for, and the next attempt goes on, as large as it was.
+    """
 
     drive: _Drive
     crew: Crew
@@ -283,13 +289,14 @@ class _Handout:
     ctx: WorkerContext
     retries: int
     flying: dict[Future[Row], tuple[int, _Task]] = field(default_factory=dict)
+    node_lost: WorkerLost | None = None
 
     def run(self) -> None:
         while self.waiting or self.flying:
             stop = self.ctx.should_stop()
-            if stop and not self.flying:
-                raise _StoppedEarly
-            if not stop:
+            if (stop or self.node_lost) and not self.flying:
+                raise _StoppedEarly if stop or self.node_lost is None else self.node_lost
+            if not (stop or self.node_lost):
                 self._hand_out()
             landed, _ = wait(self.flying, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in landed:
@@ -340,6 +347,10 @@ class _Handout:
         beside = [future for future, (other, _) in self.flying.items() if other == slot]
         suspects = [task] + [self.flying.pop(future)[1] for future in beside]
         self.drive.records.write("lost", slot=slot, code=error.code, parts=[t.part.name for t in suspects])
+        if error.code == "node-lost":  # no fault of theirs
+            self.node_lost = error
+            self.waiting.extendleft(suspects)
+            return
         if len(suspects) == 1:
             task.losses += 1
         for suspect in suspects:

@@ -50,6 +50,7 @@ class LocalContext:
         self.metrics: list[tuple[str, float, int | None]] = []
         self.stages: dict[str, float] = {}
         self.far = (0, 0)
+        self.missed: Mapping[str, str] = {}
         self.stop = False
 
     def digest(self, path: Path) -> str:
@@ -135,6 +136,7 @@ def run_map(workload: Map, spec: JobSpec, root: Path, *, threads: int = 2, devic
                 done.append(_compute(workload, part, model, ctx))
             except PermedError as error:
                 failures[part.name] = error
+        job.missed = {name: str(error) for name, error in failures.items()}
         ended = workload.reduce(done, state, job)
         if not isinstance(ended, Next):
             return Outcome(ended, done, failures, job)
@@ -142,5 +144,6 @@ def run_map(workload: Map, spec: JobSpec, root: Path, *, threads: int = 2, devic
 
 
 def _compute(workload: Map, part: Part, model: Any, ctx: LocalContext) -> DonePart:
-    result = workload.run(workload.load(part, ctx), model, ctx)
+    data = workload.prepare(workload.load(part, ctx), model, ctx)
+    result = workload.finish(workload.run(data, model, ctx), ctx)
     return DonePart(part, result.values, ctx.out, result.findings)

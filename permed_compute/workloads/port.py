@@ -3,7 +3,9 @@
     map:   plan(spec, state, ctx) -> parts
            model(spec, ctx) -> model           loaded once per worker and kept
            load(part, ctx) -> data             CPU side, prefetched while the previous part runs
-           run(data, model, ctx) -> PartResult
+           prepare(data, model, ctx) -> data   likewise, where it takes the model to say how
+           run(data, model, ctx) -> done       one part at a time
+           finish(done, ctx) -> PartResult     CPU side: writes, while the next part runs
            reduce(results, state, ctx) -> Result | Next(state)
     gang:  train(spec, ctx) -> Result          once per rank
 
@@ -96,6 +98,8 @@ class Context(Protocol):
     """Private to this attempt and worker; gone afterwards."""
     out: Path
     """Where files of this part (load, run) or of the job (reduce, train) are written; published by rename."""
+    missed: Mapping[str, str]
+    """In reduce: the reason of every part of this round that has no result, by the part's name."""
 
     def digest(self, path: Path) -> str:
         """SHA-256 of a file's bytes, cached by (device, inode, size, mtime)."""
@@ -162,6 +166,15 @@ def _the_part(part: Part, ctx: Context) -> Part:
     return part
 
 
+def _as_loaded(data: Any, model: Any, ctx: Context) -> Any:
+    return data
+
+
+def _as_run(done: Any, ctx: Context) -> PartResult:
+    result: PartResult = done
+    return result
+
+
 def one_part_per_input(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> list[Part]:
     """The default plan: a part per input file, or per array-free job one part where it has no input."""
     parts = []
@@ -186,12 +199,15 @@ def _model_digest_none(spec: JobSpec, ctx: Context) -> str:
 
 @dataclass(frozen=True)
 class Map:
-    """A map workload. Only `run` is required."""
+    """A map workload. Only `run` is required; without `finish` it returns the `PartResult`."""
 
-    run: Callable[[Any, Any, Context], PartResult]
+    run: Callable[[Any, Any, Context], Any]
     plan: Callable[[JobSpec, Mapping[str, Any], Context], Iterable[Part]] = one_part_per_input
     model: Callable[[JobSpec, Context], Any] = _no_model
     load: Callable[[Part, Context], Any] = _the_part
+    prepare: Callable[[Any, Any, Context], Any] = _as_loaded
+    """May run beside another part's `run` with the same model: it reads the model, and changes nothing of it."""
+    finish: Callable[[Any, Context], PartResult] = _as_run
     reduce: Callable[[Sequence[DonePart], Mapping[str, Any], Context], Result | Next] = collect
     model_digest: Callable[[JobSpec, Context], str] = _model_digest_none
     """Content digest of the model's weights and code: part of every key, recorded in the manifest."""

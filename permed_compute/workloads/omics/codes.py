@@ -16,6 +16,8 @@ from typing import Any
 from permed_compute.errors import Finding, RefusedInput, WorkloadError
 
 MISSING = {"", "NA", "na", "NaN", "nan", "None", "."}
+_FORM = re.IGNORECASE | re.ASCII
+"""ASCII: or digits of every script would be digits."""
 _SEPARATORS = re.compile(r"[;|]")
 
 # Verhoeff 1969, as SNOMED International prints it (TIG, "Check-digit computation"): products of the dihedral group of
@@ -43,7 +45,7 @@ class _WrongCodeError(ValueError):
 
 
 def _hpo(text: str) -> str:
-    found = re.fullmatch(r"(?:https?://purl\.obolibrary\.org/obo/)?HP[:_](\d{7})", text, re.IGNORECASE)
+    found = re.fullmatch(r"(?:https?://purl\.obolibrary\.org/obo/)?HP[:_](\d{7})", text, _FORM)
     if not found:
         raise _WrongCodeError("is not HP: and seven digits")
     return f"HP:{found[1]}"
@@ -51,7 +53,7 @@ def _hpo(text: str) -> str:
 
 def _orpha(text: str) -> str:
     form = r"(?:https?://www\.orpha\.net/ORDO/)?(?:ORPHA|Orphanet)[:_ ]?([1-9]\d{0,5})"
-    found = re.fullmatch(form, text, re.IGNORECASE)
+    found = re.fullmatch(form, text, _FORM)
     if not found:
         raise _WrongCodeError("is not ORPHA: and a number of up to six digits")
     return f"ORPHA:{found[1]}"
@@ -59,7 +61,7 @@ def _orpha(text: str) -> str:
 
 def _snomed(text: str) -> str:
     form = r"(?:https?://snomed\.info/(?:id/|sct/))?(?:(?:SNOMED(?:CT|_CT| CT)?|SCTID|SCT):)?\s*([1-9]\d{5,17})"
-    found = re.fullmatch(form, text, re.IGNORECASE)
+    found = re.fullmatch(form, text, _FORM)
     if not found:
         raise _WrongCodeError("is not a number of 6 to 18 digits")
     if not verhoeff(found[1]):
@@ -75,7 +77,7 @@ def _snomed(text: str) -> str:
 def _icd10(text: str) -> str:
     # Up to four signs behind the point: national editions; the dagger and the asterisk of double coding are no part.
     form = r"(?:ICD-?10(?:-?(?:CM|NO|SE|GM))?:)?([A-Z]\d[0-9A-Z])(?:\.?([0-9A-Z]{1,4}))?[*+†]?"
-    found = re.fullmatch(form, text.upper())
+    found = re.fullmatch(form, text.upper(), re.ASCII)
     if not found:
         raise _WrongCodeError("is not a letter, two digits and up to four signs behind a point")
     return f"ICD10:{found[1]}" + (f".{found[2]}" if found[2] else "")
