@@ -1,4 +1,4 @@
-"""`permed backup` and `permed restore`: a consistent copy of the queue, and back."""
+"""`permed backup` and `permed restore`: a consistent copy of the queue and of what its log names, and back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def backup(
     ctx: typer.Context,
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="File to write; it appears whole or not at all.")],
 ) -> None:
-    """Copy the queue (jobs and their log) to a file while jobs run. Results are files: copy them as files.
+    """Copy the queue (jobs and their log) to a file while jobs run, with the evidence and cards of validated models.
+
+    Results are files: copy them as files.
 
     Example: permed backup queue-2026-11-21.backup
     """
@@ -36,7 +38,7 @@ def backup(
         raise QueueError(f"{target} is there already.", remedy="Name a new file: a backup never replaces another.")
     with session.client() as client:
         if client.queue is not None:
-            said = client.queue.backup(str(target.absolute()))
+            said = client.queue.backup(str(target.absolute()), client.home.models)
         else:
             # A controller leads; its store is copied from the side, which both databases do consistently.
             from permed_compute.queue.sql import SqlQueue
@@ -44,7 +46,7 @@ def backup(
             url = client.settings.queue_url or f"sqlite:///{client.home.database}"
             queue = SqlQueue(url)
             try:
-                said = queue.backup(str(target.absolute()))
+                said = queue.backup(str(target.absolute()), client.home.models)
             finally:
                 queue.close()
     session.answer({"backup": said, "path": str(target.absolute())}, escape(said))
@@ -66,7 +68,7 @@ def restore(
     settings = session.settings
     home = settings.paths.create()
     with _nobody_leads(home):
-        said = backups.restore(str(source), settings.queue_url or f"sqlite:///{home.database}")
+        said = backups.restore(str(source), settings.queue_url or f"sqlite:///{home.database}", home.models)
     session.answer({"restored": said}, f"restored: {escape(said)}")
     session.note("What ran at the time of the backup is looked for at the next start, and run again where it is gone.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from permed_compute.errors import QueueError
@@ -97,7 +98,7 @@ class MemoryQueue:
             draft.release(lease, now=self._clock())
             self._keep(draft)
 
-    def backup(self, target: str) -> str:
+    def backup(self, target: str, kept: Path | None = None) -> str:
         raise QueueError("A queue in memory has nothing to back up.", remedy="Use a SQLite or PostgreSQL queue.")
 
     def close(self) -> None:

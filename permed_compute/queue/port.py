@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from permed_compute.spec import JobSpec
@@ -163,8 +164,11 @@ class Queue(Protocol):
         """Give it back; nothing happens where it was lost already."""
         ...
 
-    def backup(self, target: str) -> str:
-        """A consistent copy while jobs run; returns what was written and where."""
+    def backup(self, target: str, kept: Path | None = None) -> str:
+        """A consistent copy while jobs run; returns what was written and where.
+
+        kept: folder of JSON documents that the log names by digest; they travel in the same file.
+        """
         ...
 
     def close(self) -> None: ...

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -262,9 +263,9 @@ class SqlQueue:
 
     # ------------------------------------------------------------------------------------- keeping it
 
-    def backup(self, target: str) -> str:
+    def backup(self, target: str, kept: Path | None = None) -> str:
         with _database():
-            return backup.write(self._engine, target)
+            return backup.write(self._engine, target, kept)
 
     def close(self) -> None:
         """Commit what waits, then stop. Later calls raise `QueueError`."""

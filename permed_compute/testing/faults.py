@@ -142,8 +142,8 @@ class FaultyQueue:
     def head(self) -> tuple[int, str]:
         return self._read("head", self.sound.head)
 
-    def backup(self, target: str) -> str:
-        return self.sound.backup(target)
+    def backup(self, target: str, kept: Path | None = None) -> str:
+        return self.sound.backup(target, kept)
 
     def close(self) -> None:
         self.sound.close()
