@@ -290,6 +290,26 @@ def test_a_job_whose_model_cannot_be_known_is_refused(ward: Ward) -> None:
     assert len(used_by(JobSpec(name="t", workload="radiology/brain-extraction"), ward.home.cache).digest) == 64
 
 
+def test_a_polygenic_score_is_a_model_and_its_files_are_the_digest(ward: Ward) -> None:
+    files = {name: ward.folder / f"{name}.txt" for name in ("genotypes", "score", "frequencies", "reference")}
+
+    def digest() -> str:
+        inputs = [{"name": name, "path": str(file)} for name, file in files.items()]
+        spec = JobSpec(name="t", workload="omics/prs", purpose="care", inputs=inputs)
+        return used_by(spec, ward.home.cache).digest
+
+    for name, file in files.items():
+        file.write_text(name)
+    first = digest()
+    files["genotypes"].write_text("somebody else's")
+    assert digest() == first and len(first) == 64
+    known = {first}
+    for name in ("score", "frequencies", "reference"):
+        files[name].write_text("another one")
+        assert digest() not in known
+        known.add(digest())
+
+
 def test_the_documentation_is_rendered_from_records(ward: Ward) -> None:
     record = ward.promoted()
     ward.care()
@@ -317,6 +337,19 @@ def test_the_documentation_is_rendered_from_records(ward: Ward) -> None:
     second = ward.promoted(institution=complete)
     told = ward.permed("model", "doc", second, "--to", folder, "--json").json["missing"]
     assert told == ["(f) the model's card: design and training data"]
+
+
+def test_a_restored_home_can_still_document_its_models(ward: Ward, tmp_path: Path) -> None:
+    record = ward.promoted()
+    assert ward.permed("model", "doc", record, "--to", tmp_path / "here").code == 3
+    assert "1 documents" in ward.permed("backup", tmp_path / "copy").out
+    other = tmp_path / "other"
+    assert ward.permed("restore", tmp_path / "copy", "--home", other).code == 0
+    [kept] = ward.home.models.iterdir()
+    assert [path.name for path in HomePaths(other).models.iterdir()] == [kept.name]
+    assert ward.permed("model", "doc", record, "--to", tmp_path / "there", "--home", other).code == 3
+    for path in (tmp_path / "here").iterdir():
+        assert (tmp_path / "there" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_through_the_controllers_socket_it_is_the_same(ward: Ward, tmp_path: Path) -> None:

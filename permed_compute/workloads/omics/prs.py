@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from permed_compute.errors import Finding, Problem, SpecError
+from permed_compute.learning.evidence import digest_of
 from permed_compute.paths import read_json, write_json
 from permed_compute.spec import JobSpec
 from permed_compute.storage.genotypes import MISSING_DOSAGE, GenotypeStore, dosage_as_float
@@ -45,6 +46,8 @@ _ONE_BY_ONE = 8
 """Up to so many scores a pass over the bytes for each is faster than unpacking for a matrix product."""
 _RARE = 12
 """A row in which fewer than one person in so many differs from the common genotype is summed over these people."""
+_MODEL = ("score", "frequencies", "reference")
+"""Inputs that decide what somebody's genotypes come to."""
 _SAMPLE_TILE = 8192
 _VARIANT_TILE = 256
 
@@ -488,4 +491,11 @@ def _write_sscore(
             file.write(f"{sample}\t{numbers}\n")
 
 
-WORKLOAD = Map(plan=plan, model=load_model, run=run, reduce=reduce, version=VERSION)
+def model_digest(spec: JobSpec, ctx: Context) -> str:
+    """A score is a model: its file, what missing genotypes count as, and what it is normalised by. '' without one."""
+    if not inputs_of(spec, "score"):
+        return ""
+    return digest_of(f"{name} {ctx.digest(file)}" for name in _MODEL for file in inputs_of(spec, name))
+
+
+WORKLOAD = Map(plan=plan, model=load_model, run=run, reduce=reduce, model_digest=model_digest, version=VERSION)
