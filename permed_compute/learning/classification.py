@@ -27,6 +27,7 @@ METRICS = ("auroc", "auprc", "sensitivity", "specificity", "brier")
 HIGHER_IS_BETTER = {"auroc": True, "auprc": True, "sensitivity": True, "specificity": True, "brier": False}
 THRESHOLD = 0.5
 
+Values = Sequence[float] | np.ndarray
 Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """(truth (n,) bool, score (n,), weights (draws, n)) → (draws,), NaN where a draw lacks one of the two classes."""
 
@@ -71,9 +72,7 @@ def _by_score(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> tupl
     return np.add.reduceat(sorted_ * there, begins, axis=1), np.add.reduceat(sorted_ * ~there, begins, axis=1)
 
 
-def estimate(
-    measure: Measure, truth: Sequence[bool], score: Sequence[float], patients: Sequence[str], seed: int = 0
-) -> Estimate | None:
+def estimate(measure: Measure, truth: Values, score: Values, patients: Sequence[str], seed: int = 0) -> Estimate | None:
     """The measure with its interval; None where one of the two classes is missing."""
     y, s = np.asarray(truth, bool), np.asarray(score, float)
     if y.all() or not y.any():
@@ -88,10 +87,10 @@ def estimate(
 
 def apart(
     measure: Measure,
-    truth: Sequence[bool],
-    score: Sequence[float],
+    truth: Values,
+    score: Values,
     patients: Sequence[str],
-    inside: Sequence[bool],
+    inside: Values,
     seed: int = 0,
 ) -> Difference | None:
     """The measure inside a group minus that of everybody else; None where one of them lacks a class."""

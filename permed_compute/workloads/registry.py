@@ -30,6 +30,7 @@ CATALOG = {
     "radiology/segment": "permed_compute.workloads.radiology.segment:WORKLOAD",
     "radiology/sweep": "permed_compute.workloads.radiology.sweep:WORKLOAD",
     "radiology/third-party": "permed_compute.workloads.radiology.third_party:WORKLOAD",
+    "radiology/train-classification": "permed_compute.workloads.radiology.classify:WORKLOAD",
     "radiology/train-segmentation": "permed_compute.workloads.radiology.train:WORKLOAD",
     "radiology/worklist": "permed_compute.workloads.radiology.worklist:WORKLOAD",
 }

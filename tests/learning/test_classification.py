@@ -33,11 +33,11 @@ def test_the_interval_is_that_of_drawing_patients_one_by_one() -> None:
     patients = [f"p{k // 2}" for k in range(40)]
     told = c.estimate(c.auroc, truth, score, patients, seed=1)
     chance, drawn = np.random.default_rng(0), []
-    for _ in range(3000):
+    for _ in range(800):
         rows = [2 * p + k for p in chance.integers(0, 20, 20) for k in (0, 1)]
         drawn.append(metrics.roc_auc_score(truth[rows], score[rows]))
     assert (told.cases, told.patients) == (40, 20) and told.mean == pytest.approx(metrics.roc_auc_score(truth, score))
-    assert (told.low, told.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.02)
+    assert (told.low, told.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.03)
     assert told == c.estimate(c.auroc, truth, score, patients, seed=1)
 
 

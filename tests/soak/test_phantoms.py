@@ -1,4 +1,4 @@
-"""A training that learns: forty made-up scans, no patient on two sides, judged on those it has not seen."""
+"""Trainings that learn: made-up scans, no patient on two sides, judged on those they have not seen."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ torch = pytest.importorskip("torch")
 
 from permed_compute.spec import JobSpec  # noqa: E402
 from permed_compute.testing.context import LocalContext  # noqa: E402
-from permed_compute.workloads.radiology import phantoms, train  # noqa: E402
+from permed_compute.workloads.radiology import classify, phantoms, train  # noqa: E402
 
 ENOUGH = 0.85
+TOLD_APART = 0.9
 PARAMS = {"patch": 32, "batch": 4, "per_volume": 4, "epochs": 45, "patience": 0, "learning_rate": 0.002, "pictures": 0}
 
 
@@ -28,3 +29,17 @@ def test_forty_phantoms_teach_organ_and_lesion(tmp_path: Path) -> None:
     found = {name: result.metrics[f"held-out_{name}_dice"] for name in phantoms.LABELS.values()}
     print(found)
     assert min(found.values()) >= ENOUGH, found
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_studies_with_lesions_are_told_from_those_without(tmp_path: Path) -> None:
+    dataset = phantoms.write(tmp_path / "phantoms", 80, studies=True)
+    inputs = [{"name": "dataset", "path": str(dataset)}]
+    params = {"size": 32, "batch": 8, "epochs": 40, "patience": 0, "learning_rate": 0.003}
+    spec = JobSpec(name="studies", workload="radiology/train-classification", inputs=inputs, params=params, seed=5)
+    ctx = LocalContext(tmp_path / "run", spec, threads=torch.get_num_threads())
+    result = classify.WORKLOAD.train(spec, ctx)
+    assert result is not None and result.values["kind"] == "held-out"
+    print(result.metrics)
+    assert result.metrics["held-out_lesion_auroc"] >= TOLD_APART, result.metrics

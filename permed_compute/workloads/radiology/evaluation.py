@@ -214,14 +214,14 @@ def _figures(
 # ------------------------------------------------------------------------------------------------ what is seen
 
 
-def write_page(report: Mapping[str, Any], folder: Path, title: str, name: str) -> None:
-    """One file with its pictures in it, so that it can be passed on."""
+def write_page(report: Mapping[str, Any], folder: Path, title: str, name: str, of: str = "") -> None:
+    """One file with its pictures in it, so that it can be passed on. of: a sentence that says which cases these are."""
     import base64
 
     pictures = {
         case["case"]: base64.b64encode((folder / case["picture"]).read_bytes()).decode() for case in report["worst"]
     }
-    page = render("evaluation.html.j2", report=report, title=title, pictures=pictures, metrics=METRICS, few=FEW)
+    page = render("evaluation.html.j2", report=report, title=title, of=of, pictures=pictures, metrics=METRICS, few=FEW)
     with replacing(folder / name) as temporary:
         temporary.write_text(page, encoding="utf-8")
 

@@ -1,6 +1,7 @@
 """Made-up scans with lesions whose truth is known exactly: for trying a training or an evaluation, and for its tests.
 
     python -m permed_compute.workloads.radiology.phantoms FOLDER --count 40
+    python -m permed_compute.workloads.radiology.phantoms FOLDER --count 60 --studies      a lesion is there or not
 
 An ellipsoid body with an organ in it and none to three bright lesions in the organ, noise, and a slow change of
 brightness; about every fourth patient is scanned twice. Sites differ in noise. Nothing in them is anybody.
@@ -19,6 +20,7 @@ from permed_compute.paths import write_json
 from permed_compute.workloads.radiology import nifti
 
 LABELS = {"1": "organ", "2": "lesion"}
+CLASSES = {"0": "no lesion", "1": "lesion"}
 _SITES = (("north", "A", 22.0), ("south", "B", 34.0))
 """Name, scanner, standard deviation of the noise."""
 
@@ -61,24 +63,31 @@ def phantom(
     return Phantom(np.rint(image).astype(np.int16), label, spacing, wanted)
 
 
-def write(folder: Path, count: int, *, seed: int = 0, edge: int = 32) -> Path:
-    """`count` scans as NIfTI with a Decathlon list beside them, which is returned."""
+def write(folder: Path, count: int, *, seed: int = 0, edge: int = 32, studies: bool = False) -> Path:
+    """`count` scans as NIfTI with a Decathlon list beside them, which is returned.
+
+    studies: half of them have lesions, and the list says which; there is no label of voxels.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     rows: list[dict[str, Any]] = []
     for number in range(count):
         patient = number - 1 if number % 5 == 4 else number
         chance = np.random.default_rng([11, seed, patient])
         site, scanner, noise = _SITES[patient % 2]
-        made = phantom(seed * 100_000 + number, edge, noise=noise)
+        lesions = (number // 2 % 2) * int(chance.integers(1, 4)) if studies else None  # not by site
+        made = phantom(seed * 100_000 + number, edge, noise=noise, lesions=lesions)
         affine = np.diag([made.spacing, made.spacing, made.spacing, 1.0])
-        names = {"image": f"image-{number:03}.nii.gz", "label": f"label-{number:03}.nii.gz"}
-        nifti.write(made.image, affine, folder / names["image"])
-        nifti.write(made.label, affine, folder / names["label"])
+        image, label = f"image-{number:03}.nii.gz", f"label-{number:03}.nii.gz"
+        nifti.write(made.image, affine, folder / image)
+        if not studies:
+            nifti.write(made.label, affine, folder / label)
         rows.append({
-            **names, "subject": f"phantom-{patient}", "site": site, "scanner": scanner,
+            "image": image, "label": int(made.lesions > 0) if studies else label, "subject": f"phantom-{patient}",
+            "site": site, "scanner": scanner,
             "sex": "FM"[int(chance.integers(2))], "age": int(chance.integers(20, 90)),
         })  # fmt: skip
-    write_json(folder / "dataset.json", {"name": "phantoms", "labels": {"0": "background", **LABELS}, "training": rows})
+    labels = CLASSES if studies else {"0": "background", **LABELS}
+    write_json(folder / "dataset.json", {"name": "phantoms", "labels": labels, "training": rows})
     return folder / "dataset.json"
 
 
@@ -88,8 +97,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--edge", type=int, default=32, help="voxels along each axis")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--studies", action="store_true", help="say of each whether it has a lesion, not where")
     given = parser.parse_args()
-    write(given.folder, given.count, seed=given.seed, edge=given.edge)
+    write(given.folder, given.count, seed=given.seed, edge=given.edge, studies=given.studies)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     models/model.pt                                  tensors only
     docs/README.md                                   the card
 
-The same training gives the same bytes: nothing in it knows the time.
+What all bundles share; `publish_labels` and `publish_classes` say the rest. The same training gives the same bytes:
+nothing in it knows the time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from permed_compute import __version__
 from permed_compute.paths import write_json
 from permed_compute.workloads.radiology import bundle
-from permed_compute.workloads.radiology.scores import METRICS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,39 +26,51 @@ if TYPE_CHECKING:
 AXES = (("L", "R"), ("P", "A"), ("I", "S"))
 """Each axis of RAS, from where to where."""
 _KINDS = {
-    "held-out": "Scans of patients that neither training nor any choice has seen.",
-    "chosen-by": "The scans by which the epoch was chosen: **flattering, no evidence** of how it does on others.",
-    "fit": "The scans it was trained on: **a fit, no evidence** of how it does on others.",
+    "held-out": "Held-out {what}, of patients that neither training nor any choice has seen.",
+    "chosen-by": "The {what} by which the epoch was chosen: flattering, no evidence of how it does on others.",
+    "fit": "A fit, not an evaluation: the {what} it was trained on. No evidence of how it does on others.",
 }
+
+
+def sentence(kind: str, what: str) -> str:
+    """Of what the figures are."""
+    return _KINDS[kind].format(what=what)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A bundle to be written: `configs/inference.json`, `configs/metadata.json` and the card."""
+
+    inference: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    card: str
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What is known of a network. kind: of what scans `report` (`evaluation.summarise`) is; facts: `train._facts`."""
+    """What is known of a network. spacing: mm along R, A, S. kind: of what scans `report` is (`supervised.judged_by`);
+    facts: of data, split and training (`supervised.finished`)."""
 
     name: str
     network: Mapping[str, Any]
-    structures: Mapping[int, str]
     intensity: tuple[float, float]
     spacing: tuple[float, float, float]
-    patch: int
-    overlap: float
     kind: str
     report: Mapping[str, Any]
     facts: Mapping[str, Any]
 
 
-def write(root: Path, model: nn.Module, told: Training) -> str:
+def write(root: Path, model: nn.Module, made: Made) -> str:
     """Write the bundle's folder; returns its digest."""
     import torch
 
     for folder in ("configs", "models", "docs"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    write_json(root / bundle.CONFIG, inference(told))
-    write_json(root / "configs" / "metadata.json", metadata(told))
+    write_json(root / bundle.CONFIG, made.inference)
+    write_json(root / "configs" / "metadata.json", made.metadata)
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     torch.save(weights, root / bundle.WEIGHTS)
-    (root / "docs" / "README.md").write_text(card(told), encoding="utf-8")
+    (root / "docs" / "README.md").write_text(made.card, encoding="utf-8")
     return bundle.check(root).digest
 
 
@@ -67,12 +79,16 @@ def digest_of(digests: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
-def inference(told: Training) -> dict[str, Any]:
-    """`configs/inference.json`: one image a time; needs no package but MONAI."""
+def inference(
+    told: Training, last: Sequence[Mapping[str, Any]], rest: Mapping[str, Any], imports: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`configs/inference.json`: one image a time; needs no package but MONAI.
+
+    last: transforms behind those that every network needs. rest: inferer, postprocessing, `run`.
+    """
     low, high = told.intensity
-    predict = "@inferer(item['image'][None].to(@device), @network)[0].cpu()"
     return {
-        "imports": ["$import glob", "$import torch"],
+        "imports": ["$import glob", "$import torch", *imports],
         "bundle_root": ".",
         "dataset_dir": "data",
         "output_dir": "$@bundle_root + '/eval'",
@@ -89,59 +105,43 @@ def inference(told: Training) -> dict[str, Any]:
                 {"_target_": "Spacingd", "keys": "image", "pixdim": list(told.spacing), "mode": "bilinear"},
                 {"_target_": "ScaleIntensityRanged", "keys": "image", "a_min": low, "a_max": high, "b_min": 0.0,
                  "b_max": 1.0, "clip": True},
+                *last,
                 {"_target_": "EnsureTyped", "keys": "image"},
             ],
         },
         "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
-        "inferer": {
-            "_target_": "SlidingWindowInferer", "roi_size": [told.patch] * 3, "sw_batch_size": 1,
-            "overlap": told.overlap,
-        },
-        "postprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                {"_target_": "Activationsd", "keys": "pred", "softmax": True},
-                {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "orig_keys": "image",
-                 "nearest_interp": False, "to_tensor": True},
-                {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
-                {"_target_": "SaveImaged", "keys": "pred", "output_dir": "@output_dir", "separate_folder": False,
-                 "output_dtype": "uint8"},
-            ],
-        },
         "initialize": [
             "$@network.load_state_dict(torch.load(@bundle_root + '/models/model.pt', map_location=@device,"
             " weights_only=True))",
             "$@network.eval()",
             "$torch.set_grad_enabled(False)",
         ],
-        "run": ["$[@postprocessing({**item, 'pred': " + predict + "}) and None for item in @dataset]"],
+        **rest,
     }  # fmt: skip
 
 
-def metadata(told: Training) -> dict[str, Any]:
-    """`configs/metadata.json` as MONAI's bundle specification asks."""
+def metadata(
+    told: Training, task: str, description: str, edge: int, inputs: int, outputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`configs/metadata.json` as MONAI's bundle specification asks. edge: voxels of what the network is given."""
     import monai
     import numpy
     import torch
 
-    names = {"0": "background", **{str(label): name for label, name in told.structures.items()}}
-    shape = {"type": "image", "spatial_shape": [told.patch] * 3, "dtype": "float32"}
+    shape = {"type": "image", "spatial_shape": [edge] * 3, "dtype": "float32"}
     return {
         "name": told.name, "version": "0.1.0", "changelog": {"0.1.0": "trained"},
         "monai_version": monai.__version__, "pytorch_version": str(torch.__version__).partition("+")[0],
         "numpy_version": numpy.__version__, "required_packages_version": {"nibabel": "5.4.0"},
-        "task": "segmentation", "description": f"Segments {', '.join(told.structures.values())}.",
+        "task": task, "description": description,
         "authors": "", "copyright": "", "intended_use": "Research. Not validated for care.",
         "trained_by": f"permed_compute {__version__}",
         "network_data_format": {
             "inputs": {"image": {
-                **shape, "format": "image", "modality": "", "num_channels": told.network["in_channels"],
+                **shape, "format": "image", "modality": "", "num_channels": inputs,
                 "value_range": [0, 1], "is_patch_data": True, "channel_def": {"0": "image"},
             }},
-            "outputs": {"pred": {
-                **shape, "format": "segmentation", "num_channels": told.network["out_channels"],
-                "value_range": [0, len(told.structures)], "is_patch_data": True, "channel_def": names,
-            }},
+            "outputs": {"pred": dict(outputs)},
         },
     }  # fmt: skip
 
@@ -149,24 +149,39 @@ def metadata(told: Training) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ the card
 
 
-def card(told: Training) -> str:
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a task says in its card. does: "Segments lesion"; what: "scans"; seen: what the network is given; loss;
+    figures: Markdown; read: how to read them; limits: sentences."""
+
+    does: str
+    what: str
+    seen: str
+    loss: str
+    read: str
+    figures: str
+    limits: Sequence[str]
+
+
+def card(told: Training, own: Card) -> str:
     """The card in Markdown: data, split, training, figures with intervals, groups, limits."""
     facts = told.facts
     sides = "\n".join(f"| {name} | {scans} | {people} |" for name, (scans, people) in facts["sides"].items())
     traits = "\n".join(f"| {name} | {', '.join(groups)} |" for name, groups in facts["traits"].items())
     how = ", ".join(f"{name} {value}" for name, value in facts["training"].items())
-    spacing = " × ".join(f"{length:g}" for length in told.spacing)
+    limits = "\n".join(f"* {limit}" for limit in (*own.limits, _evidence(told)))
     return f"""# {told.name}
 
-Segments {", ".join(told.structures.values())}. For research; **not validated for care**: whoever uses it on patients
+{own.does}. For research; **not validated for care**: whoever uses it on patients
 validates it first, for their own entity, equipment and intended use.
 
 ## Data
 
-{facts["scans"]} scans of {facts["patients"]} patients (digest `{facts["data_digest"][:16]}`), split {facts["how"]}.
-No patient is on two sides; the same bytes under two names are one scan.
+{facts["scans"]} {own.what} of {facts["patients"]} patients (digest `{facts["data_digest"][:16]}`), split \
+{facts["how"]}.
+No patient is on two sides; the same bytes under two names are one.
 
-| side | scans | patients |
+| side | {own.what} | patients |
 |---|---|---|
 {sides}
 
@@ -176,57 +191,59 @@ No patient is on two sides; the same bytes under two names are one scan.
 
 ## Training
 
-{told.network["_target_"]}, patches of {told.patch}³ voxels at {spacing} mm, intensities from {told.intensity[0]:g} to \
-{told.intensity[1]:g}; Dice + cross entropy; {how};
+{told.network["_target_"]}, {own.seen}, intensities from {told.intensity[0]:g} to \
+{told.intensity[1]:g}; {own.loss}; {how};
 seed {facts["seed"]}, {facts["ranks"]} rank(s). {facts["epochs"]} epochs were trained; the weights are of epoch \
 {facts["best_epoch"]}.
 
 ## Figures
 
-{_KINDS[told.kind]} {told.report["cases"]} scans of {told.report["patients"]} patients; 95 % intervals over patients.
-Missed and invented structures score Dice 0, NSD 0 and the diagonal of the field of view, and are in every mean.
+**{sentence(told.kind, own.what)}**
 
-{_table(told)}
+{told.report["cases"]} {own.what} of {told.report["patients"]} patients; 95 % intervals over patients.
+{own.read}
 
-{_groups(told)}
+{own.figures}
+
+{_worse(told)}
 
 ## Limits
 
 * What is not in the table of what it was trained on was never tried: other sites, scanners, ages, protocols.
-* Scans were all about {spacing} mm; others are resampled to that first.
-* Intensities outside {told.intensity[0]:g} to {told.intensity[1]:g} are clipped.
-* {_evidence(told)}
+{limits}
 """
 
 
-def _table(told: Training) -> str:
-    columns = ("structure", "Dice", "NSD", "HD95 (mm)", "found", "missed", "invented", "rightly absent")
-    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for label, name in told.structures.items():
-        row = told.report["models"][told.name]["structures"][str(label)]
-        figures = " | ".join(_estimate(row[metric]) for metric in METRICS)
-        counts = " | ".join(str(row["counts"][outcome]) for outcome in ("found", "missed", "invented", "absent"))
-        rows.append(f"| {name} | {figures} | {counts} |")
-    return "\n".join(rows)
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def _estimate(row: Mapping[str, Any] | None) -> str:
+def estimate(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "none"
     interval = "" if row["low"] is None else f" ({row['low']:.3f} – {row['high']:.3f})"
     return f"{row['mean']:.3f}{interval}"
 
 
-def _groups(told: Training) -> str:
+def _worse(told: Training) -> str:
+    """Of `subgroups`; `gap` is in the measure that the group's row is judged by."""
     worse = [row for row in told.report["subgroups"] if row["worse"]]
     if not worse:
         return "No group by site, scanner, sex or age is clearly worse than the others; small groups could hide one."
-    rows = [
-        f"* **Worse** for {row['trait']} {row['group']}, {row['structure']}: Dice {_estimate(row['dice'])},"
-        f" {abs(row['gap']['mean']):.3f} below the others"
-        for row in worse
-    ]
+    rows = []
+    for row in worse:
+        of, name = (row["structure"], "dice") if "structure" in row else (row["class"], "auroc")
+        rows.append(
+            f"* **Worse** for {row['trait']} {row['group']}, {of}: {WORDS[name]} {estimate(row[name])},"
+            f" {abs(row['gap']['mean']):.3f} below the others"
+        )
     return "\n".join(rows)
+
+
+WORDS = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)", "auroc": "AUROC", "auprc": "AUPRC",
+         "sensitivity": "sensitivity", "specificity": "specificity", "brier": "Brier"}  # fmt: skip
 
 
 def _evidence(told: Training) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,16 +45,20 @@ def scans(index: Path, ctx: Context, age_edges: Sequence[float] = (18, 40, 65, 8
         raise WorkloadError(
             "The list has no labelled scans.", remedy='Write {"training": [{"image", "label", "subject"}]}.'
         )
-    return [_scan(row, index.parent, ctx, age_edges) for row in labelled]
+    return [scan_of(row, index.parent, ctx, age_edges) for row in labelled]
 
 
-def _scan(row: Mapping[str, Any], folder: Path, ctx: Context, age_edges: Sequence[float]) -> Scan:
+def scan_of(
+    row: Mapping[str, Any], folder: Path, ctx: Context, age_edges: Sequence[float] = (18, 40, 65, 80), said: str = ""
+) -> Scan:
+    """said: what is known of the whole scan, in place of a label's file. Raises `WorkloadError`."""
     images = row["image"] if isinstance(row["image"], list) else [row["image"]]
-    case = Case(tuple(folder / image for image in images), folder / row["label"])
-    assert case.label is not None
-    if not all(path.exists() for path in (*case.images, case.label)):
+    case = Case(tuple(folder / image for image in images), None if said else folder / row["label"])
+    there = (*case.images, *([case.label] if case.label else []))
+    if not all(path.exists() for path in there):
         raise WorkloadError("A scan of the list is not there.", remedy="Paths are relative to the list's folder.")
-    digests = tuple(content_digest(path, ctx) for path in (*case.images, case.label))
+    digests = tuple(content_digest(path, ctx) for path in there)
+    digests += (hashlib.sha256(said.encode()).hexdigest(),) if said else ()
     subject = ctx.pseudonym(str(row["subject"])) if row.get("subject") not in (None, "") else digests[0]
     return Scan(case, subject, digests, traits_of(row, age_edges))
 
@@ -72,6 +76,7 @@ def split(
     hold_out: Sequence[str] = (),
     fold: int = 0,
     folds: int = 0,
+    stratum: Callable[[Scan], str] | None = None,
 ) -> Split:
     """Shares are of scans. hold_out: sites that are the test set, in place of a share. See `learning.splits.split`."""
 
@@ -82,5 +87,5 @@ def split(
     how = f"by {'site' if by_site else 'patient'}" + (f", sites held out: {', '.join(hold_out)}" if hold_out else "")
     return splits.split(
         found, bound, validation=validation, test=test, seed=seed, fold=fold, folds=folds, how=how, of="scans",
-        held=(lambda scan: scan.traits.get("site") in hold_out) if hold_out else None,
+        held=(lambda scan: scan.traits.get("site") in hold_out) if hold_out else None, stratum=stratum,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from permed_compute.learning.alone import alone
 from permed_compute.paths import replacing, write_json
 from permed_compute.spec import JobSpec
 from permed_compute.workloads.port import Context, DonePart, Map, Next, Part, PartResult, Result
-from permed_compute.workloads.radiology import splits, train
+from permed_compute.workloads.radiology import splits, supervised, train
 
 if TYPE_CHECKING:
     import optuna
@@ -77,7 +77,7 @@ def _wrong(name: str, axis: Any) -> Problem | None:
 def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part]:
     """The trials of a round. Raises `NotFoundError` where Optuna is not installed."""
     params, told = params_of(spec.params), state.get("trials", [])
-    index = ctx.input(train.DATASET)
+    index = ctx.input(supervised.DATASET)
     digests = sorted(digest for scan in splits.scans(index, ctx) for digest in scan.digests)
     proposed = propose(params["space"], told, params["per_round"], spec.seed)
     return [

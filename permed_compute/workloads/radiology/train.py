@@ -21,100 +21,44 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from permed_compute.errors import Finding, Problem, RefusedInput, SpecError, WorkloadError
+from permed_compute.errors import WorkloadError
+from permed_compute.learning.best import Best
 from permed_compute.paths import write_json
-from permed_compute.spec import JobSpec, parse_duration
+from permed_compute.spec import JobSpec
 from permed_compute.workloads.port import Context, Gang, Result
-from permed_compute.workloads.radiology import evaluation, publish, scores, splits
-from permed_compute.workloads.radiology.evaluate import TRAITS
+from permed_compute.workloads.radiology import evaluation, publish, publish_labels, scores, splits, supervised
+from permed_compute.workloads.radiology.evaluate import PAGE, SUMMARY
 from permed_compute.workloads.radiology.patches import Balanced, Samples, Whole
 from permed_compute.workloads.radiology.read import Volume
 from permed_compute.workloads.radiology.sliding import Windows, labels
 from permed_compute.workloads.radiology.splits import Scan, Split
+from permed_compute.workloads.radiology.supervised import DATASET, Course, Fitted, Left, number
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from permed_compute.learning.training import Trained
-
-DATASET = "dataset"
-BUNDLE, SPLIT, PAGE = "bundle", "split.json", "evaluation.html"
-VERSION = "1"
-SPACING_SHARE = 0.1
-"""By which a scan's spacing may differ from the median, along any axis."""
-_VALUES = 20_000
-"""Of each structure that are looked at, per scan."""
+VERSION = "2"
 _TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _UNET = {"_target_": "UNet", "channels": [16, 32, 64], "strides": [2, 2], "num_res_units": 1, "norm": "instance"}
-_PRECISIONS = ("float32", "bfloat16", "float16")
+_TOLD = ("batch", "epochs", "patience", "learning_rate", "precision", "per_volume", "foreground")
+"""Params that the card names."""
 
-
-# ------------------------------------------------------------------------------------------------ params
-
-
-def _number(least: float, most: float = float("inf"), *, whole: bool = False) -> Callable[[Any], bool]:
-    kinds = int if whole else (int, float)
-    return lambda v: isinstance(v, kinds) and not isinstance(v, bool) and least <= v <= most
-
-
-def _duration(value: Any) -> bool:
-    try:
-        return parse_duration(value) >= 0
-    except ValueError:
-        return False
-
-
-def _is_network(value: Any) -> bool:
-    """A configuration with nothing to run in it: MONAI evaluates texts that begin with $, and looks up those with @."""
-    plain = isinstance(value, Mapping) and isinstance(value.get("_target_"), str) and value["_target_"].isidentifier()
-    return bool(plain and not any(sign in json.dumps(value) for sign in ('"$', '"@', '"%')))
-
-
-PARAMS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+PARAMS: supervised.Params = {
     "name": ("segmentation", lambda v: isinstance(v, str) and 0 < len(v) <= 64, "a name of up to 64 letters"),
-    "network": (
-        _UNET,
-        _is_network,
-        "a bundle's network_def: {_target_: one of monai.networks.nets, …}, no expressions",
-    ),
-    "patch": (64, _number(8, 512, whole=True), "voxels, 8 to 512"),
-    "per_volume": (2, _number(1, 1000, whole=True), "patches of each scan in an epoch, at least 1"),
-    "foreground": (0.75, _number(0, 1), "a share from 0 to 1"),
-    "intensity": ([], lambda v: isinstance(v, list) and len(v) in (0, 2) and v == sorted(set(v)), "[low, high], or []"),
-    "batch": (4, _number(1, 4096, whole=True), "samples, at least 1"),
-    "epochs": (100, _number(1, 100_000, whole=True), "at least 1"),
-    "patience": (20, _number(0, 100_000, whole=True), "epochs, 0 for never"),
-    "learning_rate": (1e-3, _number(1e-9, 10), "a number above 0"),
-    "precision": ("float32", lambda v: v in _PRECISIONS, f"one of {', '.join(_PRECISIONS)}"),
-    "loaders": (0, _number(0, 64, whole=True), "worker processes, at least 0"),
-    "checkpoint": ("10m", _duration, "a time between checkpoints, e.g. 10m"),
-    "overlap": (0.25, _number(0, 0.9), "a share below 0.9"),
-    "pictures": (10, _number(0, 100_000, whole=True), "epochs between pictures, 0 for none"),
-    "validation": (0.2, _number(0, 0.9), "a share below 0.9"),
-    "test": (0.2, _number(0, 0.9), "a share below 0.9"),
-    "split_by": ("patient", lambda v: v in ("patient", "site"), "patient or site"),
-    "hold_out": ([], lambda v: isinstance(v, list) and all(isinstance(site, str) for site in v), "a list of sites"),
-    "fold": (0, _number(0, 99, whole=True), "the number of a fold, from 0"),
-    "folds": (0, _number(0, 100, whole=True), "0, or the number of folds"),
-    "nsd_mm": (2.0, _number(0), "mm"),
+    "network": (_UNET, supervised.is_network, supervised.NETWORK_WORDS),
+    "patch": (64, number(8, 512, whole=True), "voxels, 8 to 512"),
+    "per_volume": (2, number(1, 1000, whole=True), "patches of each scan in an epoch, at least 1"),
+    "foreground": (0.75, number(0, 1), "a share from 0 to 1"),
+    **supervised.PARAMS,
+    "pictures": (10, number(0, 100_000, whole=True), "epochs between pictures, 0 for none"),
+    "nsd_mm": (2.0, number(0), "mm"),
 }
 
 
 def params_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """The job's params with defaults. Raises `SpecError` naming every one that is wrong."""
-    problems = [Problem(f"params.{name}", f"is none of {list(PARAMS)}.") for name in given if name not in PARAMS]
-    values = {name: given.get(name, default) for name, (default, _, _) in PARAMS.items()}
-    problems += [
-        Problem(f"params.{name}", f"is {values[name]!r}, not {words}.")
-        for name, (_, test, words) in PARAMS.items()
-        if not test(values[name])
-    ]
-    if not problems and values["folds"] and not values["fold"] < values["folds"]:
-        problems.append(Problem("params.fold", f"is {values['fold']} of {values['folds']} folds, counted from 0."))
-    if problems:
-        raise SpecError("params", problems)
-    return values
+    return supervised.checked(given, PARAMS)
 
 
 # ------------------------------------------------------------------------------------------------ the data
@@ -134,14 +78,6 @@ class Data:
     spacing: tuple[float, float, float]
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """spacing: mm along R, A, S. values: some, of each structure by label, 0 of everything."""
-
-    spacing: np.ndarray
-    values: Mapping[int, np.ndarray]
-
-
 def data_of(params: Mapping[str, Any], ctx: Context) -> Data:
     """Split the list, and look at a patch of every scan. Raises `WorkloadError`, `RefusedInput` SPACING_DIFFERS."""
     index = ctx.input(DATASET)
@@ -151,18 +87,17 @@ def data_of(params: Mapping[str, Any], ctx: Context) -> Data:
         found, validation=params["validation"], test=params["test"], seed=ctx.seed,
         by_site=params["split_by"] == "site", hold_out=params["hold_out"], fold=params["fold"], folds=params["folds"],
     )  # fmt: skip
-    if len({len(scan.case.images) for scan in found}) > 1:
-        raise WorkloadError("Scans have different numbers of images.", remedy="Give each the same modalities.")
+    channels = supervised.channels_of(found)
     everyone = [*split.training, *split.validation, *split.test]
-    seen = _seen(everyone, structures, params["patch"], ctx.seed)
+    cut = Balanced((params["patch"],) * 3, dict.fromkeys(structures, 1.0))
+    samples = Samples([scan.case for scan in everyone], cut, transform=supervised.oriented(("image", "label")))
+    seen = supervised.look(samples, ctx.seed, list(structures))
     trained = seen[: len(split.training)]
     spacing = np.median([scan.spacing for scan in trained], axis=0)
-    _refuse_other_spacing(everyone, [scan.spacing for scan in seen], spacing)
-    low, high = params["intensity"] or _range(trained)
-    if not low < high:
-        raise WorkloadError("The training scans have one intensity only.", remedy="Check that they are the images.")
+    supervised.refuse_other_spacing(everyone, seen, spacing)
+    low, high = params["intensity"] or supervised.range_of(trained)
     x, y, z = (round(float(length), 4) for length in spacing)
-    return Data(split, structures, len(found[0].case.images), (float(low), float(high)), (x, y, z))
+    return Data(split, structures, channels, (float(low), float(high)), (x, y, z))
 
 
 def _structures(index: Path) -> dict[int, str]:
@@ -178,74 +113,18 @@ def _structures(index: Path) -> dict[int, str]:
     return structures
 
 
-def _seen(found: Sequence[Scan], structures: Mapping[int, str], patch: int, seed: int) -> list[_Seen]:
-    """Of one patch of each scan, around a voxel of some structure."""
-    from monai.data.utils import affine_to_spacing
-
-    from permed_compute.learning.order import Seeded
-
-    cut = Balanced((patch,) * 3, dict.fromkeys(structures, 1.0))
-    samples = Seeded(Samples([scan.case for scan in found], cut, transform=_oriented()), seed)
-    rows = []
-    for k in range(len(samples)):
-        sample = samples[0, k]
-        image, label = sample["image"].as_tensor().numpy(), sample["label"].as_tensor().numpy()[0]
-        values = {one: image[:, label == one].reshape(-1)[:_VALUES] for one in structures}
-        rows.append(_Seen(affine_to_spacing(sample["image"].affine).numpy(), {0: image.reshape(-1)[::7], **values}))
-    return rows
-
-
-def _range(seen: Sequence[_Seen]) -> tuple[float, float]:
-    """0.5 to 99.5 % of all voxels, widened to those of every structure: a small bright lesion must not be clipped."""
-    ends = []
-    for one in seen[0].values:
-        values = np.concatenate([scan.values[one] for scan in seen])
-        if values.size:
-            ends.append(np.percentile(values, (0.5, 99.5)))
-    low, high = np.min(ends, axis=0)[0], np.max(ends, axis=0)[1]
-    return float(low), float(high)
-
-
-def _refuse_other_spacing(found: Sequence[Scan], spacings: Sequence[np.ndarray], median: np.ndarray) -> None:
-    for scan, spacing in zip(found, spacings, strict=True):
-        apart = float(np.abs(spacing / median - 1).max())
-        if apart > SPACING_SHARE:
-            numbers = {"spacing_mm": np.round(spacing, 4).tolist(), "median_mm": np.round(median, 4).tolist()}
-            sentence = f"A scan's spacing differs from the others' by {100 * apart:.0f} %."
-            remedy = "Resample the scans to one spacing first, or train on those that agree."
-            raise RefusedInput(Finding("SPACING_DIFFERS", sentence, "refused", scan.name, numbers), remedy=remedy)
-
-
-def _oriented() -> Any:
-    from monai.transforms.compose import Compose
-    from monai.transforms.spatial.dictionary import Orientationd
-
-    return Compose([Orientationd(("image", "label"), axcodes="RAS", labels=publish.AXES)])
-
-
 def _plain(data: Data, *more: Any) -> Any:
     from monai.transforms.compose import Compose
-    from monai.transforms.intensity.dictionary import ScaleIntensityRanged
 
-    low, high = data.intensity
-    return Compose([_oriented(), ScaleIntensityRanged("image", low, high, 0.0, 1.0, clip=True), *more])
+    return Compose([supervised.oriented(("image", "label")), supervised.scaled(data.intensity), *more])
 
 
 def training_samples(data: Data, params: Mapping[str, Any]) -> Samples:
     """Patches: `foreground` of them around a voxel of some structure, each structure as often as the others."""
-    from monai.transforms.intensity.dictionary import RandGaussianNoised, RandScaleIntensityd, RandShiftIntensityd
-    from monai.transforms.spatial.dictionary import RandFlipd
-
-    transform = _plain(
-        data,
-        *(RandFlipd(("image", "label"), prob=0.5, spatial_axis=axis) for axis in range(3)),
-        RandScaleIntensityd("image", factors=0.1, prob=0.5),
-        RandShiftIntensityd("image", offsets=0.05, prob=0.5),
-        RandGaussianNoised("image", prob=0.3, std=0.02),
-    )
     share = params["foreground"] / len(data.structures)
     weights = {0: 1 - params["foreground"], **dict.fromkeys(data.structures, share)}
     cut = Balanced((params["patch"],) * 3, weights, params["per_volume"])
+    transform = _plain(data, *supervised.varied(("image", "label")))
     return Samples([scan.case for scan in data.split.training], cut, transform=transform)
 
 
@@ -255,29 +134,12 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     return {key: torch.stack([sample[key].as_tensor() for sample in samples]) for key in ("image", "label")}
 
 
-# ------------------------------------------------------------------------------------------------ the network
-
-
-def network_of(definition: Mapping[str, Any]) -> nn.Module:
-    """Raises `WorkloadError` where MONAI has no such network, or it does not take these arguments."""
-    from monai.networks import nets
-
-    kind = getattr(nets, definition["_target_"], None)
-    if kind is None:
-        raise WorkloadError(f"MONAI has no network {definition['_target_']!r}.", remedy="See monai.networks.nets.")
-    try:
-        made: nn.Module = kind(**{key: value for key, value in definition.items() if key != "_target_"})
-    except (TypeError, ValueError, AssertionError) as error:
-        raise WorkloadError(
-            f"{definition['_target_']} cannot be made of `network`: {error}.", remedy="See its arguments in MONAI."
-        ) from None
-    return made
-
-
 def defined(params: Mapping[str, Any], data: Data) -> dict[str, Any]:
     """The bundle's `network_def`, its channels filled in from the data."""
-    channels = {"spatial_dims": 3, "in_channels": data.channels, "out_channels": len(data.structures) + 1}
-    return {**params["network"], **channels}
+    return supervised.defined(params["network"], data.channels, len(data.structures) + 1)
+
+
+# ------------------------------------------------------------------------------------------------ the loss
 
 
 def supervised_loss() -> Callable[[nn.Module, Any], torch.Tensor]:
@@ -296,26 +158,6 @@ def supervised_loss() -> Callable[[nn.Module, Any], torch.Tensor]:
         return total / sum(weights)
 
     return loss
-
-
-@dataclass
-class Best:
-    """The weights of the epoch with the highest score; a checkpoint carries them."""
-
-    score: float = -1.0
-    epoch: int = 0
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def offer(self, model: nn.Module, epoch: int, score: float) -> None:
-        if score > self.score:
-            self.score, self.epoch = score, epoch
-            self.weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"score": self.score, "epoch": self.epoch, "weights": self.weights}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.score, self.epoch, self.weights = state["score"], state["epoch"], dict(state["weights"])
 
 
 # ------------------------------------------------------------------------------------------------ judging
@@ -347,23 +189,18 @@ class Judge:
 
     def after_epoch(self, model: nn.Module, epoch: int) -> dict[str, float]:
         """Mean Dice of the validation scans, shared by the ranks; keeps the best weights, draws a picture."""
-        import torch
-
         sums = np.zeros((2, len(self.data.structures)))
-        for number, scan in enumerate(self.data.split.validation):
-            if number % self.ctx.world != self.ctx.rank:
+        for place, scan in enumerate(self.data.split.validation):
+            if place % self.ctx.world != self.ctx.rank:
                 continue
             truth, image, found = self.segmented(model, scan)
             dice = [_dice(truth.array == label, found == label) for label in self.data.structures]
             sums += np.array([[value or 0.0, value is not None] for value in dice], float).T
-            if number == 0 and self.params["pictures"] and (epoch + 1) % self.params["pictures"] == 0:
+            if place == 0 and self.params["pictures"] and (epoch + 1) % self.params["pictures"] == 0:
                 picture = self.ctx.scratch / "picture.png"
                 evaluation.write_picture(truth, found, image, picture)
                 self.ctx.log_artifact(picture, f"epoch-{epoch + 1:04}.png")
-        if self.ctx.world > 1:
-            total = torch.from_numpy(sums)
-            torch.distributed.all_reduce(total)
-            sums = total.numpy()
+        sums = supervised.summed(sums, self.ctx)
         there = sums[1] > 0
         if not there.any():
             return {}
@@ -373,14 +210,10 @@ class Judge:
         names = list(self.data.structures.values())
         return {"dice": score, **{f"dice_{name}": float(per_structure[k]) for k, name in enumerate(names) if there[k]}}
 
-    def enough(self, history: Sequence[Mapping[str, float]]) -> bool:
-        """No better validation score for `patience` epochs."""
-        known = [row["dice"] for row in history if "dice" in row]
-        return bool(
-            self.params["patience"] and known and len(known) - 1 - int(np.argmax(known)) >= self.params["patience"]
-        )
+    def score_of(self, figures: Mapping[str, float]) -> float | None:
+        return figures.get("dice")
 
-    def report(self, model: nn.Module, found: Sequence[Scan]) -> dict[str, Any]:
+    def report(self, model: nn.Module, found: Sequence[Scan], kind: str) -> dict[str, Any]:
         """All figures of these scans, as `radiology/evaluate` gives them, its page and pictures in `ctx.out`."""
         rows = []
         for scan in found:
@@ -398,7 +231,8 @@ class Judge:
         for case in report["worst"]:
             case["picture"] = f"{case['case']}.png"
             self.ctx.log_artifact(self.ctx.scratch / case["picture"], case["picture"])
-        evaluation.write_page(report, self.ctx.out, self.params["name"], PAGE)
+        write_json(self.ctx.out / SUMMARY, report)
+        evaluation.write_page(report, self.ctx.out, self.params["name"], PAGE, publish.sentence(kind, "scans"))
         return report
 
 
@@ -416,109 +250,42 @@ def _dice(truth: np.ndarray, found: np.ndarray) -> float | None:
 # ------------------------------------------------------------------------------------------------ the job
 
 
-@dataclass(frozen=True, slots=True)
-class Fitted:
-    """A network after its training, with its last weights; `judge.best` has those of its best epoch."""
-
-    data: Data
-    definition: Mapping[str, Any]
-    model: nn.Module
-    judge: Judge
-    done: Trained
-
-
 def fitted(params: Mapping[str, Any], ctx: Context) -> Fitted | None:
     """Train by these (complete) params; None where it was asked to stop. No test scan is looked at."""
-    import torch
+    return supervised.fitted(course(params, ctx), params, ctx)
 
-    from permed_compute.learning import randomness
-    from permed_compute.learning.training import Pace, Recipe, fit
 
+def course(params: Mapping[str, Any], ctx: Context) -> Course:
     with ctx.stage("look at the data"):
         data = data_of(params, ctx)
-    definition = defined(params, data)
-    randomness.seed_all(randomness.derive(ctx.seed, "network"))
-    model = network_of(definition).to(ctx.device)
-    judge = Judge(data, params, ctx)
-    samples = training_samples(data, params)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=params["learning_rate"])
-    steps = params["epochs"] * max(1, len(samples) // params["batch"])
-    recipe = Recipe(
-        model, samples, supervised_loss(), optimizer,
-        scheduler=torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9), collate=collate,
-        evaluate=judge.after_epoch, enough=judge.enough, carried={"best": judge.best},
+    return Course(
+        data.split, defined(params, data), training_samples(data, params), collate, supervised_loss(),
+        Judge(data, params, ctx),
     )  # fmt: skip
-    pace = Pace(
-        epochs=params["epochs"], batch=params["batch"], loaders=params["loaders"], precision=params["precision"],
-        checkpoint_s=parse_duration(params["checkpoint"]), clip=12.0,
-    )  # fmt: skip
-    with ctx.stage("train"):
-        done = fit(recipe, pace, ctx)
-    return None if done is None else Fitted(data, definition, model, judge, done)
 
 
 def train(spec: JobSpec, ctx: Context) -> Result | None:
     """Every rank trains; the first judges what came out and writes the bundle."""
-    from permed_compute.learning.training import digest
-
     params = params_of(spec.params)
-    made = fitted(params, ctx)
-    if made is None:
-        return None
-    if ctx.rank:
-        return Result()
-    data, definition, model, judge, done = made.data, made.definition, made.model, made.judge, made.done
-    if judge.best.weights:
-        model.load_state_dict(judge.best.weights)
-    model.eval()
-    with ctx.stage("judge"):
-        kind, judged = _judged(data.split)
-        report = judge.report(model, judged)
-    write_json(ctx.out / SPLIT, data.split.as_dict())
-    told = publish.Training(
-        params["name"], definition, data.structures, data.intensity, data.spacing, params["patch"], params["overlap"],
-        kind, report, _facts(data, params, ctx, done.history, judge.best),
-    )  # fmt: skip
-    bundle_digest = publish.write(ctx.out / BUNDLE, model, told)
-    metrics = {
-        f"{kind}_{name}_{metric}": report["models"][params["name"]]["structures"][str(label)][metric]["mean"]
-        for label, name in data.structures.items()
-        for metric in scores.METRICS
-        if report["models"][params["name"]]["structures"][str(label)][metric] is not None
-    }
-    values = {
-        "kind": kind, "bundle_digest": bundle_digest, "weights": digest(model), "epochs": len(done.history),
-        "best_epoch": judge.best.epoch + 1, "history": list(done.history), "report": report,
-        "resumed_at": done.resumed_at, "split": data.split.how,
-    }  # fmt: skip
-    figures = [(case["picture"], f"{case['case']}: {case['structure']}") for case in report["worst"]]
-    return Result(values, metrics, figures)
+    begun = course(params, ctx)
+    made = supervised.fitted(begun, params, ctx)
+    name, judge = params["name"], begun.judge
+    assert isinstance(judge, Judge)
+    data = judge.data
 
+    def describe(kind: str, report: Mapping[str, Any], facts: Mapping[str, Any]) -> Left:
+        told = publish.Training(name, begun.definition, data.intensity, data.spacing, kind, report, facts)
+        metrics = {
+            f"{structure}_{metric}": row[metric]["mean"]
+            for label, structure in data.structures.items()
+            for metric in scores.METRICS
+            if (row := report["models"][name]["structures"][str(label)])[metric] is not None
+        }
+        figures = [(case["picture"], f"{case['case']}: {case['structure']}") for case in report["worst"]]
+        bundle = publish_labels.made(told, data.structures, params["patch"], params["overlap"])
+        return Left(bundle, metrics, figures)
 
-def _judged(split: Split) -> tuple[str, tuple[Scan, ...]]:
-    """What the figures are of: held-out scans; else those it was chosen by; else those it was trained on."""
-    if split.test:
-        return "held-out", split.test
-    return ("chosen-by", split.validation) if split.validation else ("fit", split.training)
-
-
-def _facts(
-    data: Data, params: Mapping[str, Any], ctx: Context, history: Sequence[Mapping[str, float]], best: Best
-) -> dict[str, Any]:
-    """What the card says of data, split and training; counts, no names."""
-    split = data.split
-    everyone = [*split.training, *split.validation, *split.test]
-    sides = {"training": split.training, "validation": split.validation, "held out": split.test}
-    names = ("batch", "epochs", "patience", "learning_rate", "precision", "per_volume", "foreground")
-    return {
-        "scans": len(everyone), "patients": len({scan.subject for scan in everyone}),
-        "traits": {trait: sorted({scan.traits[trait] for scan in split.training}) for trait in TRAITS},
-        "sides": {name: [len(side), len({scan.subject for scan in side})] for name, side in sides.items()},
-        "how": split.how, "data_digest": publish.digest_of([value for scan in everyone for value in scan.digests]),
-        "epochs": len(history), "best_epoch": best.epoch + 1 if best.weights else len(history),
-        "training": {name: params[name] for name in names},
-        "seed": ctx.seed, "ranks": ctx.world,
-    }  # fmt: skip
+    return supervised.finished(made, params, _TOLD, ctx, describe)
 
 
 WORKLOAD = Gang(train=train, version=VERSION)

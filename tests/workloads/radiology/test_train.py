@@ -13,10 +13,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from permed_compute.errors import RefusedInput, SpecError, WorkloadError  # noqa: E402
+from permed_compute.learning.best import Best  # noqa: E402
 from permed_compute.spec import JobSpec  # noqa: E402
 from permed_compute.testing.context import LocalContext  # noqa: E402
 from permed_compute.workloads.port import Result  # noqa: E402
-from permed_compute.workloads.radiology import bundle, nifti, phantoms, splits, train  # noqa: E402
+from permed_compute.workloads.radiology import bundle, nifti, phantoms, splits, supervised, train  # noqa: E402
 from permed_compute.workloads.radiology.patches import Case  # noqa: E402
 from permed_compute.workloads.radiology.splits import Scan  # noqa: E402
 
@@ -98,7 +99,7 @@ def test_training_ends_where_it_gets_no_better(dataset: Path, tmp_path: Path) ->
 
 
 def test_the_best_weights_are_kept_through_a_checkpoint() -> None:
-    best, again, model = train.Best(), train.Best(), torch.nn.Linear(2, 1)
+    best, again, model = Best(), Best(), torch.nn.Linear(2, 1)
     for epoch, score in enumerate((0.2, 0.9, 0.5)):
         torch.nn.init.constant_(model.weight, epoch)
         best.offer(model, epoch, score)
@@ -109,13 +110,15 @@ def test_the_best_weights_are_kept_through_a_checkpoint() -> None:
 def test_without_held_out_scans_a_fit_is_called_a_fit(dataset: Path, tmp_path: Path) -> None:
     done, ctx = run(tmp_path, dataset, epochs=1, validation=0, test=0)
     card = (ctx.out / "bundle/docs/README.md").read_text()
-    assert done.values["kind"] == "fit" and "a fit, no evidence" in card and "Nothing was held out" in card
+    assert done.values["kind"] == "fit" and "A fit, not an evaluation" in card and "Nothing was held out" in card
     assert all(name.startswith("fit_") for name in done.metrics)
 
 
 def test_a_small_bright_lesion_is_not_clipped() -> None:
-    seen = [train._Seen(np.ones(3), {0: np.arange(1000.0), 1: np.array([]), 2: np.array([1500.0, 1600.0])})] * 2
-    low, high = train._range(seen)
+    seen = [
+        supervised.Seen(np.ones(3), (1, 1, 1), {0: np.arange(1000.0), 1: np.array([]), 2: np.array([1500.0, 1600.0])})
+    ] * 2
+    low, high = supervised.range_of(seen)
     assert low == pytest.approx(5, abs=1) and high == pytest.approx(1600, abs=1)
 
 
@@ -162,7 +165,7 @@ def test_the_bundle_runs_with_monai_and_here_and_both_agree_with_the_judge(
     params = train.params_of(SMALL)
     judge = train.Judge(train.data_of(params, ctx), params, ctx)
     [scan] = [scan for scan in splits.scans(dataset, ctx) if scan.case.images[0] == image]
-    model = train.network_of(train.defined(params, judge.data))
+    model = supervised.network_of(train.defined(params, judge.data))
     model.load_state_dict(torch.load(root / bundle.WEIGHTS, weights_only=True))
     assert np.array_equal(judge.segmented(model.eval(), scan)[2], ours.labels)
 
@@ -232,7 +235,7 @@ def test_params_are_checked_and_a_network_is_never_an_expression() -> None:
         with pytest.raises(SpecError):
             train.params_of({"network": bad})
     with pytest.raises(WorkloadError, match="no network"):
-        train.network_of({"_target_": "Nothing"})
+        supervised.network_of({"_target_": "Nothing"})
 
 
 def test_scans_of_another_spacing_are_refused(dataset: Path, tmp_path: Path) -> None:
