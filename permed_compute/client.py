@@ -168,6 +168,7 @@ class Client:
         if self._lead is None:
             raise QueueError("This home has a controller already.", remedy="`permed status` shows what it does.")
         sys.setswitchinterval(_SWITCH_S)
+        self.service.arrived()  # whoever received them may have been ended before it said so
         with _Sender(self, track_every_s):
             self._lead.run(until)
 
@@ -311,7 +312,7 @@ def open_client(settings: Settings | None = None) -> Iterator[Client]:
         def service_for(caller: Caller) -> JobService:
             return JobService(
                 queue, caller, lead.nodes, picture, settings.grace * 1000, wake=lead.wake, fits=lead.fits,
-                queued=lead.queued, engine_says=lead.says, desk=desk,
+                queued=lead.queued, engine_says=lead.says, desk=desk, received=settings.paths.transfers,
             )  # fmt: skip
 
         def on_call(peer: Peer, call: str, args: Mapping[str, Any]) -> Any:
@@ -437,6 +438,9 @@ class RemoteService:
 
     def resume(self, job_id: str) -> Job:
         return self._job("resume", job_id)
+
+    def arrived(self) -> list[Job]:
+        return [job_from_row(row) for row in self.gateway.call("arrived")]
 
     def why(self, job_id: str) -> Explanation:
         row = self.gateway.call("why", job_id=job_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from permed_compute.admission.commit import OF_ONE_ATTEMPT, rows
@@ -12,7 +13,7 @@ from permed_compute.admission.explain import Explanation, explain
 from permed_compute.admission.fold import Picture
 from permed_compute.admission.permission import check
 from permed_compute.admission.policy import Policy
-from permed_compute.admission.snapshot import Node, waiting_of
+from permed_compute.admission.snapshot import Node, Plan, waiting_of
 from permed_compute.admission.top import Standing, standing
 from permed_compute.errors import NotFoundError, PermissionDeniedError, Problem, SpecError, StaleError, StateError
 from permed_compute.execution.delegated import Word
@@ -20,7 +21,8 @@ from permed_compute.governance.desk import Desk, Person
 from permed_compute.queue.port import Clock, Event, Job, Move, Queue, new_ids, wall_clock
 from permed_compute.queue.rows import event_row, job_row
 from permed_compute.spec import JobSpec, Purpose, from_json
-from permed_compute.states import ENDED, LIVE, JobState
+from permed_compute.states import AWAITING_FILES, ENDED, LIVE, JobState
+from permed_compute.transfer import receipts
 
 _TRIES = 10
 """A job that the controller moves at the same moment is looked at again this often."""
@@ -59,6 +61,7 @@ class Service(Protocol):
     def hold(self, job_id: str) -> Job: ...
     def release(self, job_id: str) -> Job: ...
     def resume(self, job_id: str) -> Job: ...
+    def arrived(self) -> list[Job]: ...
     def why(self, job_id: str) -> Explanation: ...
     def top(self) -> Standing: ...
     def preview(self, spec: JobSpec) -> Mapping[str, Any]: ...
@@ -89,15 +92,19 @@ class JobService:
     """Of an engine that places jobs itself: what it says of one that it has."""
     desk: Desk | None = None
     """The gate between models and patients; without one nothing is taken for care."""
+    received: Path | None = None
+    """Receipts of the sets of files that are in place; without them none is."""
 
     def submit(self, specs: Sequence[JobSpec], *, held: bool = False) -> list[Job]:
         """Durable when this returns. Raises `NotFoundError` for a dependency that does not exist,
-        `PermissionDeniedError` for an account, band or purpose that the policy does not give to the caller, and
-        `ModelRefusedError` for care with a model that was not validated and promoted for it."""
+        `PermissionDeniedError` for an account, band or purpose that the policy does not give to the caller, or for
+        received files more sensitive than the job says, and `ModelRefusedError` for care with a model that was not
+        validated and promoted for it. A job whose files have not come in is HELD until they have (`arrived`)."""
         policy = self._policy()
         for spec in specs:
             check(policy, spec, self.caller.name, self.caller.groups, self.clock())
             self.fits(spec)
+            self._files_fit(spec)
             if spec.purpose is Purpose.CARE:
                 self._at_desk().clear_submission(spec, self.caller.name)
             for other in spec.dependencies:
@@ -105,6 +112,9 @@ class JobService:
         jobs = self.queue.submit(specs, owner=self.caller.name, held=held)
         self._seen().expect(jobs)
         self.queued(jobs)
+        if any(spec.transfers for spec in specs):
+            self.arrived()
+            jobs = [self.queue.job(job.id) for job in jobs]
         if not held:  # a held job cannot start: there is nothing to look at
             self.wake()
         return jobs
@@ -135,12 +145,13 @@ class JobService:
         def step(job: Job) -> JobState | None:
             if job.state in LIVE - {JobState.RESERVED}:
                 raise StateError(f"Job {job.id} is {job.state}: it does not wait.", remedy="`permed cancel` ends it.")
-            return None if job.state is JobState.HELD else JobState.HELD
+            by_user = job.state is JobState.HELD and job.reason != AWAITING_FILES
+            return None if by_user else JobState.HELD
 
         return self._change(job_id, step, "held-by-user")
 
     def release(self, job_id: str) -> Job:
-        """Let a held job wait for its turn again."""
+        """Let a held job wait for its turn again, or for its files where they have not come in."""
 
         def step(job: Job) -> JobState | None:
             if job.state is JobState.QUEUED:
@@ -161,12 +172,31 @@ class JobService:
 
         return self._change(job_id, step, "resumed-by-user", fresh=True)
 
+    def arrived(self) -> list[Job]:
+        """Queue the jobs that waited for sets of files, where those are in place now. Whoever may ask for that."""
+        for _ in range(_TRIES):
+            waiting = [job for job in self.queue.jobs(states={JobState.HELD}) if job.reason == AWAITING_FILES]
+            moves = [
+                Move(job.id, job.version, JobState.QUEUED, "files-received", self.caller.name)
+                for job in waiting
+                if not self._missing(job.spec)
+            ]
+            if not moves:
+                return []
+            try:
+                moved = self.queue.apply(moves)
+            except StaleError:
+                continue
+            self.wake()
+            return moved
+        raise StaleError("Jobs that wait for files keep moving.", remedy="Try again.")
+
     def why(self, job_id: str) -> Explanation:
         """Why the job is where it is: the decision that would be taken now, in words."""
         snapshot, policy, _ = self._seen().see(self.clock(), self._nodes())
         now = self.clock()
         job = self.queue.job(job_id)
-        said = explain(job, decide(snapshot, policy, now), snapshot, lambda other: self.queue.job(other).spec.name)
+        said = explain(job, decide(snapshot, policy, now), snapshot, self._name, self._missing(job.spec))
         word = self.engine_says(job) if job.state in (JobState.LAUNCHING, JobState.RUNNING, JobState.UNKNOWN) else None
         return replace(said, code=word.code, sentence=word.sentence, change=word.change) if word is not None else said
 
@@ -177,6 +207,7 @@ class JobService:
         snapshot, policy, _ = self._seen().see(now, self._nodes())
         check(policy, spec, self.caller.name, self.caller.groups, now)
         self.fits(spec)
+        self._files_fit(spec)
         if spec.purpose is Purpose.CARE:
             self._at_desk().clear(spec)
         first = spec.element(0) if spec.array else spec
@@ -184,7 +215,10 @@ class JobService:
         states = {other: self.queue.job(other).state for other in first.dependencies}
         snapshot = replace(snapshot, waiting=(*snapshot.waiting, waiting_of(job, states)))
         plan = decide(snapshot, policy, now)
-        said = explain(job, plan, snapshot, lambda other: self.queue.job(other).spec.name)
+        missing = self._missing(first)
+        if missing:
+            job, plan = replace(job, state=JobState.HELD, reason=AWAITING_FILES), Plan("")
+        said = explain(job, plan, snapshot, self._name, missing)
         admission = next((each for each in plan.admissions if each.job_id == job.id), None)
         return {
             "starts_now": admission is not None,
@@ -241,6 +275,18 @@ class JobService:
             )
         return self.desk
 
+    def _name(self, job_id: str) -> str:
+        return self.queue.job(job_id).spec.name
+
+    def _missing(self, spec: JobSpec) -> tuple[str, ...]:
+        """The sets of files that the job names and that have not come in."""
+        return spec.transfers if self.received is None else receipts.missing(spec, self.received)
+
+    def _files_fit(self, spec: JobSpec) -> None:
+        """Raise `PermissionDeniedError` where files that have come in are more sensitive than the job says."""
+        if self.received is not None:
+            receipts.located(spec, self.received)
+
     def _operator(self, what: str) -> None:
         if not self.caller.operator:
             raise PermissionDeniedError(
@@ -272,6 +318,13 @@ class JobService:
             to = step(job)
             if to is None:
                 return job
+            if to is JobState.QUEUED and (missing := self._missing(job.spec)):
+                if job.state is not JobState.HELD or job.reason == AWAITING_FILES:
+                    raise StateError(
+                        f"Job {job.id} needs files that have not come in: {', '.join(missing)}.",
+                        remedy="`permed receive SOURCE --name NAME` puts them in place.",
+                    )
+                to, reason = JobState.HELD, AWAITING_FILES
             spent = _SPENT if fresh else OF_ONE_ATTEMPT if job.state is JobState.RESERVED else ()
             detail = {name: job.detail[name] for name in job.detail if name not in spent}
             try:
@@ -287,8 +340,8 @@ class JobService:
 # ----------------------------------------------------------------------------------------- over the socket
 
 _CALLS = (
-    "submit", "job", "jobs", "cancel", "hold", "release", "resume", "why", "events", "top", "preview", "preempt",
-    "admin", "model", "models",
+    "submit", "job", "jobs", "cancel", "hold", "release", "resume", "arrived", "why", "events", "top", "preview",
+    "preempt", "admin", "model", "models",
 )  # fmt: skip
 
 
@@ -307,6 +360,8 @@ def handle(service_for: Callable[[Any], JobService], caller: Any, call: str, arg
         return [
             job_row(job) for job in service.jobs(states=states, owner=values.get("owner"), limit=values.get("limit"))
         ]
+    if call == "arrived":
+        return [job_row(job) for job in service.arrived()]
     if call == "events":
         return [event_row(event) for event in service.events(**values)]
     if call == "why":

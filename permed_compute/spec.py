@@ -116,19 +116,49 @@ class _Model(BaseModel):
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 _ACCOUNT = r"^[a-z0-9][a-z0-9_-]*(/[a-z0-9][a-z0-9_-]*)*$"
+_SCHEME = "transfer:"
+_TRANSFER = re.compile(rf"{_SCHEME}({_NAME[1:-1]})(/.+)?", re.DOTALL)
 _ELEVEN_DIGITS = re.compile(r"(?<!\d)\d{6}\s?\d{5}(?!\d)")
 
 
 class DataRef(_Model):
-    """An input by reference: a file or folder, read only where it stands. `path: x` or just `x` in the file."""
+    """An input by reference: a file or folder, read only where it stands. `path: x` or just `x` in the file.
 
-    path: str = Field(min_length=1, description="file or folder; relative paths start at the job file's folder")
+    `transfer:NAME` is the set of files that `permed receive` puts in place under that name, or whose reference begins
+    so; `transfer:NAME/a/b` is what stands there in it. The job waits until it is in place.
+    """
+
+    path: str = Field(
+        min_length=1,
+        description="file or folder; relative paths start at the job file's folder; transfer:NAME is a received set",
+    )
     name: str = Field("input", pattern=_NAME, description="how the workload asks for it")
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("path")
+    @classmethod
+    def _nameable(cls, value: str) -> str:
+        if not value.startswith(_SCHEME):
+            return value
+        match = _TRANSFER.fullmatch(value)
+        if match is None or {"", ".", ".."} & set((match[2] or "/x")[1:].split("/")):
+            raise ValueError(f"{value!r} names no received set; write transfer:NAME, or transfer:NAME/folder/file")
+        return value
+
+    @property
+    def transfer(self) -> str:
+        """The set of files that is named; '' for a path."""
+        match = _TRANSFER.fullmatch(self.path)
+        return match[1] if match else ""
+
+    def within(self, folder: Path) -> Path:
+        """The file or folder that is meant, of a set that stands in `folder`."""
+        match = _TRANSFER.fullmatch(self.path)
+        return folder / (match[2] or "/")[1:] if match else Path(self.path)
 
 
 class Workers(_Model):
@@ -268,6 +298,11 @@ class JobSpec(_Model):
         """(legal entity, account, purpose, data class): finished parts are never shared across scopes."""
         return self.legal_entity, self.account, self.purpose.value, self.data_class.value
 
+    @property
+    def transfers(self) -> tuple[str, ...]:
+        """The sets of files that the inputs name, each once."""
+        return tuple(dict.fromkeys(ref.transfer for ref in self.inputs if ref.transfer))
+
     def element(self, index: int) -> JobSpec:
         """Element `index` of an array as a job of its own: its entry laid over `params`."""
         if not self.array:
@@ -275,8 +310,12 @@ class JobSpec(_Model):
         return self.model_copy(update={"params": {**self.params, **self.array[index]}, "array": ()})
 
     def resolved(self, folder: Path) -> JobSpec:
-        """The same job with `inputs` and `code` as absolute paths, relative ones starting at `folder`."""
-        inputs = tuple(ref.model_copy(update={"path": str((folder / ref.path).resolve())}) for ref in self.inputs)
+        """The same job with `inputs` (but for received sets) and `code` as absolute paths, relative ones starting at
+        `folder`."""
+        inputs = tuple(
+            ref if ref.transfer else ref.model_copy(update={"path": str((folder / ref.path).resolve())})
+            for ref in self.inputs
+        )
         code = str((folder / self.code).resolve()) if self.code else ""
         return self.model_copy(update={"inputs": inputs, "code": code})
 

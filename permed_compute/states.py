@@ -43,7 +43,8 @@ class PartState(StrEnum):
 _J = JobState
 
 ALLOWED: dict[JobState, frozenset[JobState]] = {
-    _J.HELD: frozenset({_J.QUEUED, _J.CANCELLED}),
+    # What a user holds may wait for its files too, and the other way round: noted without another state.
+    _J.HELD: frozenset({_J.QUEUED, _J.HELD, _J.CANCELLED}),
     # A waiting job may be promised what is preempted for it, and an elastic one resized: noted without another state.
     _J.QUEUED: frozenset({_J.QUEUED, _J.RESERVED, _J.HELD, _J.CANCELLED, _J.FAILED}),
     _J.RESERVED: frozenset({_J.LAUNCHING, _J.QUEUED, _J.HELD, _J.CANCELLED}),
@@ -75,6 +76,8 @@ ALLOWED: dict[JobState, frozenset[JobState]] = {
     _J.TIMED_OUT: frozenset({_J.QUEUED}),
 }
 
+AWAITING_FILES = "transfer"
+"""Why a job is HELD that names sets of files which have not come in: `permed receive` lets it go."""
 WAITING = frozenset({_J.HELD, _J.QUEUED})
 LIVE = frozenset({_J.RESERVED, _J.LAUNCHING, _J.RUNNING, _J.PREEMPTING, _J.CANCELLING, _J.UNKNOWN})
 """States that hold a reservation: released only on confirmed termination."""

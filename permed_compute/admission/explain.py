@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from permed_compute.admission.snapshot import Plan, Snapshot, Wait
 from permed_compute.queue.port import Job
 from permed_compute.spec import format_memory
-from permed_compute.states import JobState
+from permed_compute.states import AWAITING_FILES, JobState
 
 CODES = (
-    "held", "dependency", "dependency-failed", "back-off", "unknown-account", "account-not-in-force", "frozen",
-    "no-such-device", "never-fits", "drained", "never-quota", "preempting", "quota", "window", "behind", "capacity",
+    "held", "transfer", "dependency", "dependency-failed", "back-off", "unknown-account", "account-not-in-force",
+    "frozen", "no-such-device", "never-fits", "drained", "never-quota", "preempting", "quota", "window", "behind",
+    "capacity",
 )  # fmt: skip
 """Every reason for which a job can wait, in the order in which they are looked for."""
 
@@ -41,13 +42,16 @@ class Explanation:
         }  # fmt: skip
 
 
-def explain(job: Job, plan: Plan, snapshot: Snapshot | None, name_of: Callable[[str], str]) -> Explanation:
+def explain(
+    job: Job, plan: Plan, snapshot: Snapshot | None, name_of: Callable[[str], str], missing: Sequence[str] = ()
+) -> Explanation:
     """Why this job is where it is, by the plan that `decide` made of the snapshot (None: without estimates of others).
 
-    `name_of(job_id)` gives the name to show for another job.
+    `name_of(job_id)` gives the name to show for another job. missing: sets of files that it names and that have not
+    come in.
     """
     if job.state is JobState.HELD:
-        return _held(job)
+        return _awaiting(job, missing) if job.reason == AWAITING_FILES else _held(job)
     wait = next((wait for wait in plan.waits if wait.job_id == job.id), None)
     if job.state is not JobState.QUEUED or wait is None:
         return _not_waiting(job)
@@ -97,6 +101,18 @@ def _held(job: Job) -> Explanation:
     return Explanation(
         job.id, job.state.value, "held", f"The job is held ({job.reason}).",
         f"Release it: permed release {job.id}" if job.reason != "interrupted" else f"Go on: permed resume {job.id}",
+    )  # fmt: skip
+
+
+def _awaiting(job: Job, missing: Sequence[str]) -> Explanation:
+    if not missing:
+        return Explanation(
+            job.id, job.state.value, AWAITING_FILES, "The files that it waited for have come in.",
+            f"Let it go: permed release {job.id}",
+        )  # fmt: skip
+    return Explanation(
+        job.id, job.state.value, AWAITING_FILES, f"It waits for files that have not come in: {', '.join(missing)}.",
+        f"It is queued when they are in place: permed receive SOURCE --name {missing[0]}",
     )  # fmt: skip
 
 

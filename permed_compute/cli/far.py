@@ -46,11 +46,11 @@ def land(ctx: typer.Context, references: Annotated[list[str], typer.Argument(hel
 
 
 def _landed(paths: HomePaths, reference: str) -> str:
-    from permed_compute.transfer import sets
+    from permed_compute.transfer import receipts, sets
     from permed_compute.transfer.bundle import arrived
     from permed_compute.transfer.folder import Folder
 
-    receipt = sets.receipt(paths.transfers, reference)
+    receipt = receipts.receipt(paths.transfers, reference)
     if receipt is not None:
         return receipt.folder
     with Folder(paths.incoming) as channel:

@@ -14,10 +14,11 @@ import typer
 from permed_compute.cli import words
 from permed_compute.cli.session import Session
 from permed_compute.paths import HomePaths, read_json
-from permed_compute.states import ENDED
+from permed_compute.states import ENDED, JobState
 
 if TYPE_CHECKING:
     from permed_compute.client import Client
+    from permed_compute.transfer.receipts import Receipt
 
 _HALF_WRITTEN_S = 86_400
 """A part that is being written for longer than this has been abandoned: parts take seconds to minutes."""
@@ -33,6 +34,8 @@ class Doomed:
 
     path: Path
     what: str
+    papers: tuple[Path, ...] = ()
+    """What says that it is there, which goes before it."""
 
 
 def gc(
@@ -41,19 +44,35 @@ def gc(
     ledger: Annotated[
         bool, typer.Option("--ledger", help="Also finished parts that old: the next job computes them again.")
     ] = False,
+    received: Annotated[
+        str,
+        typer.Option(
+            "--received",
+            metavar="AGE",
+            help="Also sets received into this home longer ago than this, but for those of jobs that have not ended.",
+        ),
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Remove attempts and results of jobs that ended long ago, and what crashes left half-written.
 
-    The queue and its log keep every job. Example: permed gc --older-than 90d --dry-run
-    """
+    The queue and its log keep every job; sets of files that were received stay unless they are named.
+
+    Example: permed gc --older-than 90d --received 1d --dry-run
+    """  # fmt: skip
     session = Session.of(ctx)
     age = words.duration(older_than)
     with session.client() as client:
         doomed = list(_doomed(client, age, ledger))
+        sets = list(_sets(client.home))
+        if received:
+            doomed += _unused(client, sets, words.duration(received))
         freed = sum(_bytes(item.path) for item in doomed)
+        total = sum(receipt.bytes for receipt in sets)
         if not dry_run:
             for item in doomed:
+                for paper in item.papers:
+                    paper.unlink(missing_ok=True)
                 shutil.rmtree(item.path, ignore_errors=True)
             if doomed and client.queue is not None:
                 counts = {what: sum(d.what == what for d in doomed) for what in {d.what for d in doomed}}
@@ -65,10 +84,15 @@ def gc(
             console.print(f"{sum(item.what == kind for item in doomed):6d}  {kind}")
         verb = "would be freed" if dry_run else "freed"
         console.print(f"{words.size(freed)} {verb}" if doomed else "nothing to remove")
+        if sets and not received:
+            count = f"{len(sets)} received set{'s' if len(sets) > 1 else ''}"
+            console.print(f"{count} of {words.size(total)} kept; `permed gc --received 90d` removes older ones")
 
     session.answer(
-        {"dry_run": dry_run, "bytes": freed, "removed": [{"path": str(d.path), "what": d.what} for d in doomed]}, show
-    )
+        {"dry_run": dry_run, "bytes": freed, "removed": [{"path": str(d.path), "what": d.what} for d in doomed],
+         "received": {"sets": len(sets), "bytes": total}},
+        show,
+    )  # fmt: skip
 
 
 def _doomed(client: Client, age: int, ledger: bool) -> Iterator[Doomed]:
@@ -83,6 +107,29 @@ def _doomed(client: Client, age: int, ledger: bool) -> Iterator[Doomed]:
             row = read_json(record) or {}
             if int(row.get("at", 0)) < before * 1000:
                 yield Doomed(record.parent, "finished parts")
+
+
+def _sets(home: HomePaths) -> Iterator[Receipt]:
+    """The sets that stand in the home itself: what `receive --to` put elsewhere is its user's."""
+    from permed_compute.transfer import receipts
+
+    inside = home.received.resolve()
+    return (each for each in receipts.every(home.transfers) if Path(each.folder).resolve().is_relative_to(inside))
+
+
+def _unused(client: Client, sets: list[Receipt], age: int) -> Iterator[Doomed]:
+    """Sets that came longer ago than that and that no job which has not ended needs."""
+    from permed_compute.transfer import receipts
+
+    before = time.time() - age
+    specs = [job.spec for job in client.service.jobs(states=set(JobState) - ENDED)]
+    named = {reference for spec in specs for _, reference in receipts.references(spec, client.home.transfers)}
+    paths = [Path(text) for spec in specs for text in (*(ref.path for ref in spec.inputs), spec.code)]
+    for each in sets:
+        paper, folder = receipts.file(client.home.transfers, each.reference), Path(each.folder)
+        needed = each.reference in named or any(path.is_relative_to(folder) for path in paths)
+        if paper.stat().st_mtime < before and not needed:
+            yield Doomed(folder, "received sets", (paper,))
 
 
 def half_written(home: HomePaths) -> Iterator[Doomed]:

@@ -64,5 +64,9 @@ def overrides(sets: Sequence[str], inputs: Sequence[str]) -> dict[str, Any]:
 def _input(text: str) -> dict[str, str]:
     name, equals, path = text.partition("=")
     if equals and not Path(text).exists():
-        return {"name": name, "path": str(Path(path).absolute())}
-    return {"path": str(Path(text).absolute())}
+        return {"name": name, "path": _where(path)}
+    return {"path": _where(text)}
+
+
+def _where(path: str) -> str:
+    return path if path.startswith("transfer:") else str(Path(path).absolute())

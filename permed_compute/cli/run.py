@@ -18,7 +18,7 @@ from permed_compute.cli.session import Session
 from permed_compute.cli.site import AccountOption, FurtherOption, ImageOption, PartitionOption, QosOption
 from permed_compute.cli.submit import at_site, checked
 from permed_compute.errors import NotFoundError, PermedError, QueueError
-from permed_compute.states import ENDED, JobState
+from permed_compute.states import AWAITING_FILES, ENDED, JobState
 
 if TYPE_CHECKING:
     from permed_compute.client import Client
@@ -200,10 +200,13 @@ def summary(console: Any, session: Session, done: Done) -> None:
     if len(done.jobs) > 10:
         console.print(f"… and {len(done.jobs) - 10} more: permed jobs --all")
     if done.code is Exit.INTERRUPTED:
-        held = " ".join(job.id for job in done.jobs if job.state is JobState.HELD)
+        awaiting = [job for job in done.jobs if job.state is JobState.HELD and job.reason == AWAITING_FILES]
+        held = " ".join(job.id for job in done.jobs if job.state is JobState.HELD and job not in awaiting)
         goes_on = [job.id for job in done.jobs if job.state in (JobState.RUNNING, JobState.QUEUED, JobState.LAUNCHING)]
         if held:
             console.print(f"held; `permed resume {held}` finishes it")
+        for job in awaiting:
+            console.print(f"{job.id} starts when its files have come in; `permed why {job.id}` names them")
         if goes_on:
             console.print(f"the controller goes on with {' '.join(goes_on)}; `permed status` shows it")
     if done.tracking is not None and done.tracking.error:

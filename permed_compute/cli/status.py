@@ -60,12 +60,34 @@ def _overview(client: Client) -> dict[str, Any]:
     states = Counter(row["state"] for row in standing.live)
     states["QUEUED"] = sum(count for row in standing.accounts for count in row["waiting"].values())
     states["HELD"] = len(client.service.jobs(states={JobState.HELD}))
+    site = {"site": _site(client)} if client.delegated else {}
     return {
-        "home": str(client.home.root), "executor": client.settings.executor,
+        "home": str(client.home.root), "executor": client.settings.executor, **site,
         "controller": "none" if client.embedded else "running",
         "nodes": standing.nodes, "states": {state: count for state, count in states.items() if count},
         "live": live.with_use(client.home, standing.live, _now()),
     }  # fmt: skip
+
+
+def _site(client: Client) -> dict[str, Any]:
+    """What the site's own scheduler has of this home: whoever looks asks it, whether a controller runs or not."""
+    from permed_compute.errors import EngineError
+    from permed_compute.execution.slurm import SlurmExecutor
+    from permed_compute.execution.slurmjobs import in_words
+
+    executor = SlurmExecutor(client.settings, client.home)
+    told: dict[str, Any] = {"name": executor.site.name, "says": "", "allocations": []}
+    try:
+        found = executor.allocations()
+    except EngineError as error:
+        return told | {"says": error.message}
+    for job_id, job in found:
+        why = in_words(job.reason)[0] if job.state == "PENDING" else ""
+        told["allocations"].append({
+            "job": job_id, "name": client.service.job(job_id).spec.name, "number": job.number, "state": job.state,
+            "partition": job.partition, "reason": job.reason, "why": why, "starts": job.starts,
+        })  # fmt: skip
+    return told
 
 
 def _now() -> int:
@@ -77,14 +99,36 @@ def _show_overview(console: Any, value: dict[str, Any]) -> None:
         "none runs; `permed run` brings its own, `permed controller` stays"
     )  # fmt: skip
     console.print(words.facts([("home", value["home"]), ("controller", serves), ("executor", value["executor"])]))
+    if "site" in value:
+        _show_site(console, value["site"])
+    else:
+        _show_nodes(console, value["nodes"])
+    live.show(console, value["live"], _now())
+    console.print(words.counts(value["states"]) or "nothing waits or runs")
+
+
+def _show_site(console: Any, site: dict[str, Any]) -> None:
+    """The allocations; how large the site is, is the site's affair."""
+    states = Counter(row["state"] for row in site["allocations"])
+    console.print(words.facts([("site", site["name"]), ("allocations", words.counts(states) or "none"),
+                               ("Slurm", site["says"])]))  # fmt: skip
+    if site["allocations"]:
+        table = words.table("SLURM JOB", "PARTITION", "STATE", "JOB", "NAME", "STARTS", "WHY")
+        for row in site["allocations"][:_PARTS_SHOWN]:
+            starts = words.moment(row["starts"]) if row["starts"] and row["state"] == "PENDING" else ""
+            table.add_row(row["number"], row["partition"], row["state"], row["job"], row["name"], starts, row["why"])
+        console.print(table)
+    if len(site["allocations"]) > _PARTS_SHOWN:
+        console.print(f"… and {len(site['allocations']) - _PARTS_SHOWN} more: --json has them all")
+
+
+def _show_nodes(console: Any, nodes: list[dict[str, Any]]) -> None:
     table = words.table("NODE", "CPU", "MEMORY", "GPU")
-    for node in value["nodes"]:
+    for node in nodes:
         gpus = ", ".join(f"{gpu['flavor']} {gpu['reserved']:g}/1" for gpu in node["gpus"]) or "none"
         memory = f"{words.size(node['memory_reserved_mib'] * 2**20)} of {words.size(node['memory_mib'] * 2**20)}"
         table.add_row(node["node"], f"{node['cpus_reserved']:g} of {node['cpus']:g}", memory, gpus)
     console.print(table)
-    live.show(console, value["live"], _now())
-    console.print(words.counts(value["states"]) or "nothing waits or runs")
 
 
 def _one(client: Client, job: Job) -> dict[str, Any]:

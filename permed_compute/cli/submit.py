@@ -13,11 +13,12 @@ from permed_compute.cli.session import Session
 from permed_compute.cli.site import AccountOption, FurtherOption, ImageOption, PartitionOption, QosOption
 from permed_compute.cli.validate import notes, workload_problem
 from permed_compute.errors import SpecError
+from permed_compute.states import AWAITING_FILES
 
 if TYPE_CHECKING:
     from permed_compute.client import Client
     from permed_compute.queue.port import Job
-    from permed_compute.spec import JobSpec
+    from permed_compute.spec import DataRef, JobSpec
 
 StageOption = Annotated[
     list[str] | None,
@@ -74,7 +75,7 @@ def submit(
         if client.delegated:  # some may have been sent by now
             jobs = [client.service.job(job.id) for job in jobs]
         session.answer([words.job_row(job) for job in jobs], lambda console: _list(console, jobs))
-        if client.delegated and not hold:
+        if jobs[0].reason == AWAITING_FILES or (client.delegated and not hold):
             session.note(client.service.why(jobs[0].id).sentence)
         elif client.embedded and not hold:
             session.note("No controller runs here: `permed controller`, or the next `permed run`, works it off.")
@@ -115,12 +116,16 @@ def preview(client: Client, spec: JobSpec) -> dict[str, Any]:
     """What would be decided now, by the policy in force, and what stands in the inputs."""
     return {
         "name": spec.name, "workload": spec.workload, "digest": spec.digest(), "elements": max(1, len(spec.array)),
-        **client.service.preview(spec), "inputs": [_input_row(ref.name, Path(ref.path)) for ref in spec.inputs],
+        **client.service.preview(spec), "inputs": [_input_row(ref, client.home.transfers) for ref in spec.inputs],
         "notes": notes(spec), "scope": list(spec.scope()),
     }  # fmt: skip
 
 
-def _input_row(name: str, path: Path) -> dict[str, Any]:
+def _input_row(ref: DataRef, received: Path) -> dict[str, Any]:
+    from permed_compute.transfer import receipts
+
+    there = receipts.named(received, ref.transfer) if ref.transfer else None
+    path = ref.within(Path(there.folder)) if there else Path(ref.path)
     count, total = 0, 0
     files = path.rglob("*") if path.is_dir() else [path]
     for file in files:
@@ -128,7 +133,7 @@ def _input_row(name: str, path: Path) -> dict[str, Any]:
             count, total = count + 1, total + file.stat().st_size
         if count >= _FILES_COUNTED:
             break
-    return {"name": name, "path": str(path), "exists": path.exists(), "files": count, "bytes": total}
+    return {"name": ref.name, "path": str(path), "exists": path.exists(), "files": count, "bytes": total}
 
 
 def _shown(row: dict[str, Any]) -> Any:
@@ -139,6 +144,7 @@ def _shown(row: dict[str, Any]) -> Any:
     verdict = Text("would start now", "green") if row["starts_now"] else Text("would wait", "yellow")
     inputs = [
         (f"input {i['name']}", f"{i['path']}: " + (f"{i['files']} files, {words.size(i['bytes'])}" if i["exists"]
+                                                   else "not received yet" if i["path"].startswith("transfer:")
                                                    else "not on this machine"))
         for i in row["inputs"]
     ]  # fmt: skip

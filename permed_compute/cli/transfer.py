@@ -13,6 +13,8 @@ from permed_compute.cli import words
 from permed_compute.cli.session import Session
 
 if TYPE_CHECKING:
+    from permed_compute.paths import HomePaths
+    from permed_compute.queue.port import Job
     from permed_compute.spec import DataClass
     from permed_compute.transfer.destinations import Destination, Direction
     from permed_compute.transfer.port import Progress
@@ -80,7 +82,12 @@ def send(
 def receive(
     ctx: typer.Context,
     source: Annotated[str, typer.Argument(help="A name in the destinations file, a folder, or a bundle in one.")],
-    to: Annotated[Path, typer.Option("--to", help="New folder for the files.")],
+    to: Annotated[
+        Path | None, typer.Option("--to", help="New folder for the files; default below PERMED_HOME/received.")
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--name", help="What jobs call the set: an input `transfer:NAME` waits for it.")
+    ] = "",
     reference: Annotated[str, typer.Option(help="Which set, where several lie there; its beginning will do.")] = "",
     signers: Annotated[
         Path | None, typer.Option(help="OpenSSH allowed_signers; default PERMED_HOME/allowed_signers.")
@@ -92,16 +99,20 @@ def receive(
 ) -> None:
     """Receive a set: the signature is verified first, then every file's digest, then the folder gets its name.
 
-    The same command again goes on after a cut. Example: permed receive kista-out --to scans
+    The same command again goes on after a cut. Jobs that wait for the set are queued.
+
+    Example: permed receive kista-out --name cohort-7
     """
     from permed_compute.errors import PermissionDeniedError
-    from permed_compute.transfer import sets
+    from permed_compute.transfer import receipts, sets
     from permed_compute.transfer.bundle import arrived, front
     from permed_compute.transfer.channels import channel
     from permed_compute.transfer.destinations import permit
 
     session = Session.of(ctx)
     paths = session.settings.paths
+    if name:
+        receipts.require_free(paths.transfers, name)
     file = Path(source)
     if file.is_file():
         source, reference = str(file.parent), reference or file.name.removeprefix("permed-")[:16]
@@ -110,10 +121,15 @@ def receive(
         raise PermissionDeniedError(f"{source} is for signed sets only.", remedy="Leave --unsigned out.")
     with channel(entry, paths.outgoing) as there, bar(session, "receiving") as progress:
         found = arrived(there, reference)
-        permit(source, entry, "receive", front(found)[0].data_class)
+        manifest = front(found)[0]
+        permit(source, entry, "receive", manifest.data_class)
         receipt = sets.receive(
-            found, to, verify=_verifier(signers or paths.signers, unsigned), receipts=paths.transfers, progress=progress
-        )
+            found, to or _kept(paths, manifest.reference), verify=_verifier(signers or paths.signers, unsigned),
+            receipts=paths.transfers, progress=progress,
+        )  # fmt: skip
+        if name:
+            receipts.give_name(paths.transfers, name, receipt.reference)
+    queued = _let_go(session)
 
     def show(console: Any) -> None:
         by = f"signed by {receipt.signer}" if receipt.signer else "not signed"
@@ -122,8 +138,36 @@ def receive(
             f" {words.size(receipt.bytes)}, every byte as it was sent; {by}",
             markup=True,
         )
+        if to is None:
+            console.print(f"  in {receipt.folder}", markup=False)
+        for job in queued:
+            console.print(f"  {job.id}  {job.spec.name} waited for it, and is queued", markup=False)
 
-    session.answer(receipt.as_dict(), show)
+    session.answer(receipt.as_dict() | {"name": name, "queued": [job.id for job in queued]}, show)
+
+
+def _kept(paths: HomePaths, reference: str) -> Path:
+    """Where a set stands that nobody gave a place: as those of `--via`."""
+    from permed_compute.transfer import receipts
+
+    paths.received.mkdir(parents=True, exist_ok=True, mode=0o700)
+    before = receipts.receipt(paths.transfers, reference)
+    return Path(before.folder) if before else paths.received / reference[:16]
+
+
+def _let_go(session: Session) -> list[Job]:
+    """Queue the jobs that waited for what has come in; the files are in place whatever becomes of that."""
+    from permed_compute.errors import PermedError
+
+    settings = session.settings
+    if not (settings.queue_url or settings.paths.database.exists()):
+        return []  # this home has no jobs
+    try:
+        with session.client() as client:
+            return client.service.arrived()
+    except PermedError as error:
+        session.note(f"The jobs that wait for it are not queued yet ({error.message}): type the same again.")
+        return []
 
 
 def _verifier(signers: Path, unsigned: bool) -> Verify:

@@ -84,7 +84,11 @@ def workload_problem(spec: JobSpec) -> Problem | None:
 
 def notes(spec: JobSpec) -> list[str]:
     """What is no mistake in the file, but worth knowing: inputs and code that are not here (they may be elsewhere)."""
-    absent = [f"input {ref.name!r} is not on this machine" for ref in spec.inputs if not Path(ref.path).exists()]
+    absent = [
+        f"input {ref.name!r} is not on this machine"
+        for ref in spec.inputs
+        if not (ref.transfer or Path(ref.path).exists())
+    ]
     if spec.code and not Path(spec.code).is_dir():
         absent.append("the code folder is not on this machine")
     return absent

@@ -68,20 +68,20 @@ def submit(session: Session, specs: Sequence[JobSpec], *, held: bool) -> None:
 
 
 def _moved(session: Session, there: Remote, spec: JobSpec) -> JobSpec:
-    """The spec with its inputs and code as they stand there."""
+    """The spec with its inputs and code as they stand there; sets are received there, and named as they are."""
     from permed_compute.cli.transfer import bar
 
-    here = [Path(text) for text in (*(ref.path for ref in spec.inputs), *([spec.code] if spec.code else []))]
+    refs = [ref for ref in spec.inputs if not ref.transfer]
+    here = [Path(text) for text in (*(ref.path for ref in refs), *([spec.code] if spec.code else []))]
     if not all(path.exists() for path in here):
         raise NotFoundError(
             "An input of the job is not on this machine.",
             remedy="--via carries what is here; for data that are there, submit there.",
         )
     with bar(session, "carrying") as progress:
-        moved = there.carry(here, spec.data_class, progress)
-    inputs = tuple(
-        ref.model_copy(update={"path": path}) for ref, path in zip(spec.inputs, moved, strict=False)
-    )  # the code's is one more
+        moved = there.carry(here, spec.data_class, progress) if here else []
+    there_are = iter(moved)
+    inputs = tuple(ref if ref.transfer else ref.model_copy(update={"path": next(there_are)}) for ref in spec.inputs)
     return spec.model_copy(update={"inputs": inputs, "code": moved[-1] if spec.code else ""})
 
 

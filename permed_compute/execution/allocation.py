@@ -1,6 +1,7 @@
 """What runs inside a Slurm allocation: a Ray of its own, the attempt in it, and Slurm's signals made into pauses.
 
     python -m permed_compute.execution.allocation ATTEMPT          on the first node, as the batch script
+    python -m permed_compute.execution.allocation --of LIST        the same, of several that were sent as one array
     srun … python -m permed_compute.execution.allocation --join ATTEMPT      on every other one
 
 Slurm's SIGTERM goes to every process of the job at once, and Ray's would leave before the work could be kept: they are
@@ -57,7 +58,7 @@ _LONGEST_FOLDER = 40
 def main(words: Sequence[str]) -> int:
     """Run the attempt, or join its Ray; 0 unless it could not be begun."""
     join = words[0] == "--join"
-    paths = AttemptPaths(Path(words[-1]))
+    paths = _of_array(Path(words[1])) if words[0] == "--of" else AttemptPaths(Path(words[-1]))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # inherited by all that is started from here
     processes.adopt_orphans()  # so that Slurm, which goes by parents, finds what Ray has detached
@@ -73,6 +74,16 @@ def main(words: Sequence[str]) -> int:
     except PermedError as error:
         _end(paths, "FAILED", error.code, error.message, error.remedy)
     return 0
+
+
+def _of_array(attempts: Path) -> AttemptPaths:
+    """Which of the attempts this task of the array is for; what it prints goes where that attempt's does."""
+    folder = Path(attempts.read_text(encoding="utf-8").splitlines()[int(os.environ["SLURM_ARRAY_TASK_ID"])])
+    handle = os.open(folder / "slurm.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+    return AttemptPaths(folder)
 
 
 def _ours(paths: AttemptPaths) -> bool:
@@ -379,7 +390,9 @@ def _token_file(paths: AttemptPaths) -> Path:
 
 
 def _job_id() -> str:
-    return os.environ.get("SLURM_JOB_ID", "")
+    """As squeue names it: an array's task by the array's number and its place there."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID", "")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID", "")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +23,15 @@ from permed_compute.admission.decide import decide
 from permed_compute.admission.demand import demand
 from permed_compute.admission.fold import Picture, node_row
 from permed_compute.admission.snapshot import Node, Plan, Policy, grants_of, open_questions
-from permed_compute.errors import EngineError, LeaseLostError, ModelRefusedError, PermedError, QueueError, StaleError
+from permed_compute.errors import (
+    EngineError,
+    LeaseLostError,
+    ModelRefusedError,
+    PermedError,
+    PermissionDeniedError,
+    QueueError,
+    StaleError,
+)
 from permed_compute.execution import failure, records
 from permed_compute.execution.context import fenced_off, raise_fence
 from permed_compute.execution.delegated import Delegated, EngineAwayError, pauses
@@ -32,8 +40,9 @@ from permed_compute.paths import HomePaths, read_json, write_json
 from permed_compute.queue.port import Clock, Job, Lease, Move, Queue, wall_clock
 from permed_compute.settings import Settings
 from permed_compute.spec import Purpose
-from permed_compute.states import ENDED, LIVE, JobState
+from permed_compute.states import AWAITING_FILES, ENDED, LIVE, JobState
 from permed_compute.storage import checkpoints
+from permed_compute.transfer import receipts
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +167,10 @@ class Controller:
         # 1. Still the one controller? Writing without the lease is what the fencing numbers would have to catch.
         self._renew()
         # 2. What became of what lives.
-        moved = [self._unless_stale(self._watch, job) for job in self.queue.jobs(states=LIVE)]
+        live = self.queue.jobs(states=LIVE)
+        if isinstance(self.executor, Delegated):
+            self.executor.expect(self._unsent(live))
+        moved = [self._unless_stale(self._watch, job) for job in live]
         # 3. What starts now: a pure decision on a snapshot, committed by compare-and-set or dropped.
         moved.append(self._admit())
         # 4. Launch what is reserved: intent first, then the engine.
@@ -268,20 +280,32 @@ class Controller:
     # ------------------------------------------------------------------------------------- launch
 
     def _launch(self, job: Job) -> bool:
+        if receipts.missing(job.spec, self.home.transfers):  # removed since
+            self._move(job, JobState.HELD, AWAITING_FILES, detail=_without_grants(job))
+            return True
         try:
-            model = self.clear(job, self.name)
-        except ModelRefusedError as error:
+            attempt = replace(self._located(job), model=self.clear(job, self.name))
+        except PermissionDeniedError as error:
             return self._refuse(job, error)
-        attempt = replace(self._attempt(job, job.attempt + 1), model=model)
         if attempt.paths.root.exists():  # of a launch that was withdrawn before anything ran
             attempt.paths.exit.unlink(missing_ok=True)
             attempt.paths.stop.unlink(missing_ok=True)
         attempt.write()
         raise_fence(attempt.paths)
         job = self._move(job, JobState.LAUNCHING, "launching", attempt=attempt.number, started_at=0)
-        return self._start(job, attempt)
+        # An engine that places by itself is asked in the next round, when the intents of a whole array are there.
+        return isinstance(self.executor, Delegated) or self._start(job, attempt)
 
-    def _refuse(self, job: Job, error: ModelRefusedError) -> bool:
+    def _unsent(self, live: Iterable[Job]) -> dict[str, list[Attempt]]:
+        """The elements of arrays whose intent is there and that this process has not launched, by array."""
+        found: dict[str, list[Attempt]] = {}
+        for job in live:
+            attempt = self._attempt(job, job.attempt)
+            if job.state is JobState.LAUNCHING and job.array_id and attempt.name not in self._launched:
+                found.setdefault(job.array_id, []).append(Attempt.read(attempt.paths) or attempt)
+        return found
+
+    def _refuse(self, job: Job, error: PermissionDeniedError) -> bool:
         """What was cleared at submission no longer is: the job gives its place back and fails, in one transaction."""
         remedy = f"{error.remedy} Then: permed resume {job.id}".strip()
         told = {**_without_grants(job), "sentence": error.message, "remedy": remedy}
@@ -310,6 +334,15 @@ class Controller:
         why = str(job.detail.get("why", ""))
         return Attempt(job.id, number, job.spec, grants, why, self.home.root, paths, self.policy.version)
 
+    def _located(self, job: Job) -> Attempt:
+        """The job's next attempt, received sets as folders. Raises `PermissionDeniedError` for too sensitive ones."""
+        attempt = self._attempt(job, job.attempt + 1)
+        if not job.spec.transfers:
+            return attempt
+        spec = receipts.located(job.spec, self.home.transfers)
+        sets = receipts.references(job.spec, self.home.transfers)
+        return replace(attempt, spec=spec, submitted=job.spec.digest(), sets=sets)
+
     # ------------------------------------------------------------------------------------- watch
 
     def _watch(self, job: Job, grace_ms: int | None = None) -> bool:
@@ -335,7 +368,7 @@ class Controller:
     def _launching(self, job: Job, attempt: Attempt) -> bool:
         if attempt.name not in self._launched:
             # An earlier controller wrote the intent; whether it launched nobody knows. Launching is idempotent.
-            return self._start(job, attempt)
+            return self._start(job, Attempt.read(attempt.paths) or attempt)
         return self._ask_engine(job, attempt)
 
     def _note_checkpoint(self, job: Job, attempt: Attempt) -> None:
@@ -467,9 +500,11 @@ class Controller:
 
         The fence keeps a launch that comes late (of a controller that stood still) from beginning anything.
         """
-        with suppress(OSError):  # a full disk: what runs is ended all the same
+        fenced = False
+        with suppress(OSError):  # a full disk: what runs is ended all the same, but what starts late would not be kept
             raise_fence(attempt.paths.job.attempt(attempt.number + 1))
-        return self.executor.end(attempt)
+            fenced = True
+        return self.executor.end(attempt) and fenced
 
     def _lost(self, job: Job, attempt: Attempt, code: str, said: str = "") -> bool:
         if not self._end(attempt):

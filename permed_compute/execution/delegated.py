@@ -7,7 +7,7 @@ instead of an exit record, and whoever starts the attempt again takes both away 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -44,6 +44,10 @@ class Delegated(Protocol):
 
     def queued(self, jobs: Sequence[Job]) -> None:
         """Keep what they will need when they are sent, perhaps by another process."""
+        ...
+
+    def expect(self, arrays: Mapping[str, Sequence[Attempt]]) -> None:
+        """What is about to be launched, by array, replacing what was said before: it may go out together."""
         ...
 
     def how_lost(self, attempt: Attempt) -> str:

@@ -42,6 +42,10 @@ class Attempt:
     """Version of the policy that admitted it."""
     model: str = ""
     """Digest of the model that was cleared for care: the driver refuses any other."""
+    submitted: str = ""
+    """Digest of the spec as it was submitted, where `spec` has received sets as the folders in which they stand."""
+    sets: tuple[tuple[str, str], ...] = ()
+    """(name, reference) of each received set that the job names."""
 
     @property
     def name(self) -> str:
@@ -54,7 +58,7 @@ class Attempt:
             self.paths.launch,
             {
                 "job_id": self.job_id, "number": self.number, "spec": self.spec.canonical(), "why": self.why,
-                "policy": self.policy, "model": self.model,
+                "policy": self.policy, "model": self.model, "submitted": self.submitted, "sets": self.sets,
                 "home": str(self.home), "grants": [asdict(grant) for grant in self.grants],
             },
         )  # fmt: skip
@@ -69,7 +73,7 @@ class Attempt:
         spec = from_json(row["spec"])
         return cls(
             row["job_id"], row["number"], spec, grants, row["why"], Path(row["home"]), paths, row.get("policy", ""),
-            row.get("model", ""),
+            row.get("model", ""), row.get("submitted", ""), tuple((a, b) for a, b in row.get("sets", ())),
         )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from typing import Any
 from permed_compute.admission.snapshot import Gpu, Node
 from permed_compute.errors import EngineError, PermedError, SettingsError
 from permed_compute.execution import records
+from permed_compute.execution.context import fenced_off
 from permed_compute.execution.delegated import EngineAwayError, Word
 from permed_compute.execution.port import Attempt, Liveness
 from permed_compute.execution.slurmjobs import Slurm, SlurmJob, in_words
-from permed_compute.paths import AttemptPaths, HomePaths, JobPaths, is_locked, read_json, write_json
+from permed_compute.paths import AttemptPaths, HomePaths, JobPaths, is_locked, read_json, replacing, write_json
 from permed_compute.queue.port import Job, wall_clock
 from permed_compute.settings import Settings
 from permed_compute.sites import check, profile, render
@@ -37,7 +38,10 @@ from permed_compute.spec import JobSpec
 log = logging.getLogger(__name__)
 
 _PREFIX = "permed-"
+_ARRAY = "-array"
 _ASKED = "site.json"
+_TOGETHER = 200
+"""Elements of one Slurm array at most: sbatch inherits the lock of each, and few may open more than 1024 files."""
 _LEAVING_S = 20.0
 """An allocation has so long to leave by itself after its attempt has ended."""
 _ENDLESS_CPU, _ENDLESS_MEMORY = 1 << 40, 1 << 50
@@ -56,6 +60,11 @@ def ticket_file(paths: AttemptPaths) -> Path:
 def lock_file(paths: AttemptPaths) -> Path:
     """Held while the attempt is being sent, by whoever sends it and by its sbatch."""
     return paths.root / "slurm.lock"
+
+
+def array_file(paths: AttemptPaths) -> Path:
+    """Of attempts that went out as one Slurm array: the folder of each, a line each, beside the first of them."""
+    return paths.root / "slurm-array.txt"
 
 
 def claim_file(paths: AttemptPaths) -> Path:
@@ -122,6 +131,9 @@ class SlurmExecutor:
         self._settings, self._home = settings, home
         self.slurm = slurm or Slurm()
         self._cancelled: set[str] = set()
+        self._expected: Mapping[str, Sequence[Attempt]] = {}
+        self._arrays: dict[str, list[str]] = {}
+        """Of each Slurm array, by its name, the attempts' names."""
 
     # ------------------------------------------------------------------------------------- the port
 
@@ -135,11 +147,15 @@ class SlurmExecutor:
     def launch(self, attempt: Attempt) -> None:
         if attempt.paths.exit.exists():
             return
-        with _alone(attempt) as handle:
+        with ExitStack() as stack:
+            handle = stack.enter_context(_alone(attempt))
             ticket = read_json(ticket_file(attempt.paths))
             if ticket is not None and (ticket["job"] or self._heard(attempt)):
                 return
-            self._send(attempt, handle)
+            self.slurm.jobs()  # whoever cannot be asked is not sent anything either
+            others = self._siblings(attempt, stack)
+            if not (others and self._send_together([(attempt, handle), *others])):
+                self._send(attempt, handle)
 
     def liveness(self, attempt: Attempt) -> Liveness:
         ticket = read_json(ticket_file(attempt.paths))
@@ -171,13 +187,14 @@ class SlurmExecutor:
     def sweep(self, keep: Iterable[Attempt]) -> list[str]:
         kept = {attempt.name for attempt in keep}
         try:
-            jobs = [job for job in self.slurm.jobs() if job.live and job.name not in kept and self._is_ours(job.name)]
-            for job in jobs:
+            jobs = [(self._whose(job), job) for job in self.slurm.jobs() if job.live]
+            gone = [(name, job) for name, job in jobs if name not in kept and self._is_ours(name)]
+            for _, job in gone:
                 self.slurm.cancel(job.number)
         except EngineError as error:
             log.warning("not swept: %s", error.message)
             return []
-        return sorted({job.name for job in jobs})
+        return sorted({name for name, _ in gone})
 
     def facts(self) -> Mapping[str, Any]:
         return {"engine": self.name, "version": self.slurm.version(), "site": self.site.name}
@@ -187,6 +204,9 @@ class SlurmExecutor:
 
     # ------------------------------------------------------------------------------------- delegated
 
+    def expect(self, arrays: Mapping[str, Sequence[Attempt]]) -> None:
+        self._expected = arrays
+
     def how_lost(self, attempt: Attempt) -> str:
         number = (read_json(ticket_file(attempt.paths)) or {}).get("job", "")
         try:
@@ -194,6 +214,8 @@ class SlurmExecutor:
         except EngineError:
             ended = []
         state = ended[-1].state if ended else self.slurm.recorded(number) if number else ""
+        if not state and "_" in number and not claim_file(attempt.paths).exists():
+            return "cancelled-in-slurm"  # an array's element that never began: slurmctld forgets those at once
         return _LOST.get(state, "attempt-lost")
 
     def says(self, attempt: Attempt) -> Word | None:
@@ -222,6 +244,12 @@ class SlurmExecutor:
         when = f" Slurm expects to start it {_clock(job.starts)}." if job.starts else ""
         return Word("slurm-pending", f"{_standing(job)} ({job.reason}): {why}.{when}", change)
 
+    def allocations(self) -> list[tuple[str, SlurmJob]]:
+        """(job id, what Slurm says) of this home's allocations, those that run first. Raises `EngineError`."""
+        jobs = [(self._whose(job), job) for job in self.slurm.jobs() if job.live]
+        ours = [(name.removeprefix(_PREFIX).rpartition("-")[0], job) for name, job in jobs if self._is_ours(name)]
+        return sorted(ours, key=lambda row: (row[1].state != "RUNNING", _order(row[1])))
+
     # ------------------------------------------------------------------------------------- sending
 
     def queued(self, jobs: Iterable[Job]) -> None:
@@ -238,31 +266,80 @@ class SlurmExecutor:
         """Raises `SiteRefusalError` with every rule of the site that the job breaks."""
         check.require(self.request(spec))
 
-    def script(self, attempt: Attempt) -> str:
-        """The file that sbatch is given. Raises `PermedError` where the site cannot be asked for that."""
+    def script(self, attempt: Attempt, count: int = 1) -> str:
+        """The file that sbatch is given, for that many attempts of which this is the first.
+
+        Raises `PermedError` where the site cannot be asked for that.
+        """
         paths, asked = attempt.paths, Asked.read(attempt.paths.job, self._settings)
         request = self.request(attempt.spec, asked)
-        python = self._settings.site_python or sys.executable
+        command = [self._settings.site_python or sys.executable, "-P", "-m", "permed_compute.execution.allocation"]
+        many = count > 1
         return render.sbatch(
-            request, [python, "-P", "-m", "permed_compute.execution.allocation", str(paths.root)],
-            job_name=attempt.name, output=paths.root / "slurm.out", signal_s=warning_s(attempt.spec.time_limit),
-            stage_in=asked.stage_in, stage_out=asked.stage_out,
+            request, [*command, *(["--of", str(array_file(paths))] if many else [str(paths.root)])],
+            job_name=attempt.name + _ARRAY * many, array=f"0-{count - 1}" if many else "",
+            output=paths.root / ("slurm-array-%a.out" if many else "slurm.out"),
+            signal_s=warning_s(attempt.spec.time_limit), stage_in=asked.stage_in, stage_out=asked.stage_out,
         )  # fmt: skip
 
     def _send(self, attempt: Attempt, handle: int) -> None:
-        self.slurm.jobs()  # whoever cannot be asked is not sent anything either
-        script, ticket = attempt.paths.root / "slurm.sh", ticket_file(attempt.paths)
-        row = {"at": wall_clock(), "site": self.site.name}
         try:
-            script.write_text(self.script(attempt), encoding="utf-8")
-            write_json(ticket, {**row, "job": ""})
-            number = self.slurm.submit(script, pass_fds=[handle])
+            number = self._submit([attempt], [handle])
         except EngineAwayError:
-            raise  # perhaps it was heard: the ticket says that it was tried
+            raise
         except PermedError as error:
-            ticket.unlink(missing_ok=True)
             raise EngineError(error.message, remedy=error.remedy) from None
-        write_json(ticket, {**row, "job": number})
+        _note(attempt, self.site.name, number)
+
+    def _send_together(self, each: Sequence[tuple[Attempt, int]]) -> bool:
+        """As one Slurm array. False where Slurm takes none, or none so large: then one by one, and it says why."""
+        attempts = [attempt for attempt, _ in each]
+        try:
+            number = self._submit(attempts, [handle for _, handle in each])
+        except EngineAwayError:
+            raise
+        except PermedError as error:
+            log.info("not as an array: %s", error.message)
+            self._expected = {}
+            return False
+        for index, attempt in enumerate(attempts):
+            _note(attempt, self.site.name, f"{number}_{index}")
+        return True
+
+    def _submit(self, attempts: Sequence[Attempt], handles: Sequence[int]) -> str:
+        """Slurm's number. Where it is away, perhaps it was heard: the tickets stay, and say that it was tried."""
+        first = attempts[0]
+        script = first.paths.root / "slurm.sh"
+        try:
+            script.write_text(self.script(first, len(attempts)), encoding="utf-8")
+            if len(attempts) > 1:
+                with replacing(array_file(first.paths)) as new:
+                    new.write_text("".join(f"{attempt.paths.root}\n" for attempt in attempts), encoding="utf-8")
+                self._arrays.pop(first.name + _ARRAY, None)
+            for attempt in attempts:
+                _note(attempt, self.site.name, "")
+            return self.slurm.submit(script, pass_fds=handles)
+        except EngineAwayError:
+            raise
+        except PermedError:
+            for attempt in attempts:
+                ticket_file(attempt.paths).unlink(missing_ok=True)
+            raise
+
+    def _siblings(self, attempt: Attempt, stack: ExitStack) -> list[tuple[Attempt, int]]:
+        """Elements of the same array that nobody has sent or given up, each with its lock."""
+        array = next((found for found in self._expected.values() if attempt.name in {one.name for one in found}), ())
+        taken: list[tuple[Attempt, int]] = []
+        for other in array:
+            if len(taken) == _TOGETHER - 1:
+                break
+            if other.name == attempt.name or other.paths.exit.exists() or fenced_off(other.paths):
+                continue
+            if ticket_file(other.paths).exists():
+                continue
+            with suppress(EngineAwayError):  # somebody else is just sending it
+                taken.append((other, stack.enter_context(_alone(other))))
+        return taken
 
     def _heard(self, attempt: Attempt) -> bool:
         """Whether Slurm has the attempt although nobody has noted its answer; more than one are one too many."""
@@ -280,7 +357,28 @@ class SlurmExecutor:
     # ------------------------------------------------------------------------------------- looking
 
     def _of(self, attempt: Attempt) -> list[SlurmJob]:
-        return [job for job in self.slurm.jobs() if job.name == attempt.name]
+        return [job for job in self.slurm.jobs() if self._whose(job) == attempt.name]
+
+    def _whose(self, job: SlurmJob) -> str:
+        """The attempt that it is for, by its name and, in an array, its place there."""
+        if not (job.name.startswith(_PREFIX) and job.name.endswith(_ARRAY)):
+            return job.name
+        place = job.number.partition("_")[2]
+        attempts = self._array(job.name)
+        return attempts[int(place)] if place.isdigit() and int(place) < len(attempts) else ""
+
+    def _array(self, name: str) -> list[str]:
+        if name not in self._arrays:
+            paths = self._paths_of(name.removesuffix(_ARRAY))
+            lines = array_file(paths).read_text().splitlines() if paths and array_file(paths).exists() else []
+            folders = [AttemptPaths(Path(line)) for line in lines]
+            self._arrays[name] = [f"{_PREFIX}{folder.job.job_id}-{folder.number:04d}" for folder in folders]
+        return self._arrays[name]
+
+    def _paths_of(self, name: str) -> AttemptPaths | None:
+        job_id, _, number = name.removeprefix(_PREFIX).rpartition("-")
+        known = name.startswith(_PREFIX) and job_id and number.isdigit()
+        return self._home.job(job_id).attempt(int(number)) if known else None
 
     def _end(self, live: list[SlurmJob], paths: AttemptPaths) -> bool:
         for job in live:
@@ -291,9 +389,12 @@ class SlurmExecutor:
         return not live
 
     def _is_ours(self, name: str) -> bool:
-        job_id, _, number = name.removeprefix(_PREFIX).rpartition("-")
-        known = name.startswith(_PREFIX) and job_id and number.isdigit()
-        return bool(known) and self._home.job(job_id).attempt(int(number)).launch.exists()
+        paths = self._paths_of(name)
+        return paths is not None and paths.launch.exists()
+
+
+def _note(attempt: Attempt, site: str, number: str) -> None:
+    write_json(ticket_file(attempt.paths), {"at": wall_clock(), "site": site, "job": number})
 
 
 @contextmanager

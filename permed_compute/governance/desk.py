@@ -30,6 +30,7 @@ from permed_compute.paths import HomePaths, read_json, write_json
 from permed_compute.queue.port import Clock, Event, Job, Queue, wall_clock
 from permed_compute.spec import JobSpec, Purpose
 from permed_compute.states import JobState
+from permed_compute.transfer import receipts
 
 _ELEVEN_DIGITS = re.compile(r"(?<!\d)\d{6}\s?\d{5}(?!\d)")
 
@@ -71,7 +72,7 @@ class Desk:
             )  # fmt: skip
         cleared = {}
         for single in _distinct(spec):
-            used = used_by(single, self.home.cache)
+            used = used_by(receipts.located(single, self.home.transfers), self.home.cache)
             if used.digest:
                 record = gate.clear(used, spec.legal_entity, self.register(), self.clock())
                 cleared = {"record": record.id, "model": used.digest}
@@ -187,7 +188,7 @@ class Desk:
 
     def _keep(self, told: Evidence, spec: JobSpec) -> str:
         """Evidence and card, by digest, for as long as the home is there: results of jobs are removed some day."""
-        card = _card(spec)
+        card = _card(receipts.located(spec, self.home.transfers))
         kept = {"evidence": asdict(told), "card": card[0], "metadata": card[1]}
         name = evidence.digest_of([json.dumps(kept, sort_keys=True)])
         write_json(self.home.models / f"{name}.json", kept)

@@ -16,7 +16,7 @@ from permed_compute.errors import LeaseLostError, NotFoundError, StaleError, Sta
 from permed_compute.queue.events import Tip, chained, plain
 from permed_compute.queue.port import Event, Job, Lease, Move, new_ids
 from permed_compute.spec import JobSpec
-from permed_compute.states import JobState, check_move
+from permed_compute.states import AWAITING_FILES, JobState, check_move
 
 LEAST_PREFIX = 4
 """Characters of a job id that `job()` needs at least."""
@@ -62,9 +62,9 @@ class Draft:
         return self._read_lease()
 
     def submit(self, orders: Sequence[Order], *, owner: str, held: bool, now: int) -> list[Job]:
-        state, reason = (JobState.HELD, "held-by-user") if held else (JobState.QUEUED, "submitted")
         tip, added, events = self.tip, [], []
         for order in orders:
+            state, reason = _first(order.spec, held)
             array_id = new_ids(now, 1)[0] if order.elements else ""
             specs = order.elements or (order.spec,)
             for index, (job_id, spec) in enumerate(zip(new_ids(now, len(specs)), specs, strict=True)):
@@ -157,6 +157,13 @@ class Draft:
                 f"Lease {lease.epoch} of {lease.holder} is no longer the newest.",
                 remedy="Another controller leads this queue now; this one stops.",
             )
+
+
+def _first(spec: JobSpec, held: bool) -> tuple[JobState, str]:
+    """State and reason of a new job. Whether its files have come in the queue cannot know."""
+    if held:
+        return JobState.HELD, "held-by-user"
+    return (JobState.HELD, AWAITING_FILES) if spec.transfers else (JobState.QUEUED, "submitted")
 
 
 def moved(job: Job, move: Move, now: int) -> Job:

@@ -31,6 +31,26 @@ from permed_compute.errors import EngineError, NotFoundError
 
 _START_S = 60.0
 _PR_SET_PDEATHSIG = 1
+_STAGING = """
+local function copy(script, way)
+  for line in io.lines(script) do
+    local from, to = line:match("^#STAGE%s+" .. way .. "%s+(%S+)%s+(%S+)%s*$")
+    if from then
+      local ok, _, code = os.execute("mkdir -p '" .. to .. "' && cp -a '" .. from .. "/.' '" .. to .. "'")
+      if not (ok == true or ok == 0) then return slurm.ERROR, "cannot copy " .. from end
+    end
+  end
+  return slurm.SUCCESS, ""
+end
+function slurm_bb_data_in(id, script) return copy(script, "IN") end
+function slurm_bb_data_out(id, script) return copy(script, "OUT") end
+function slurm_bb_pools() return slurm.SUCCESS, "" end
+function slurm_bb_get_status() return slurm.SUCCESS, "" end
+for _, name in ipairs({"job_process", "job_teardown", "setup", "test_data_in", "real_size", "paths", "pre_run",
+                       "post_run", "test_data_out"}) do
+  _G["slurm_bb_" .. name] = function() return slurm.SUCCESS, "" end
+end
+"""
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue")
 _WITH_ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db")
 _SBIN = ("/usr/sbin", "/usr/local/sbin", "/sbin")
@@ -50,12 +70,13 @@ class SlurmCluster:
     """Raises `NotFoundError` where the machine lacks the programs.
 
     weights: `TRESBillingWeights` of both partitions. kill_wait_s: between SIGTERM and SIGKILL of what is cancelled or
-    out of time. lines: more of slurm.conf.
+    out of time. staging: `#STAGE IN FROM TO` and `#STAGE OUT FROM TO` in a job's script copy what is in a folder, by
+    Slurm's own burst buffer plug-in and a Lua script of ours. lines: more of slurm.conf.
     """
 
     def __init__(
         self, nodes: Sequence[SlurmNode] = (SlurmNode("n1"),), *, accounting: bool = False, weights: str = "",
-        kill_wait_s: int = 30, grace_s: int = 30, lines: Sequence[str] = (),
+        kill_wait_s: int = 30, grace_s: int = 30, staging: bool = False, lines: Sequence[str] = (),
     ) -> None:  # fmt: skip
         missing = [name for name in _PROGRAMS + _WITH_ACCOUNTING * accounting if _program(name) is None]
         if missing:
@@ -63,7 +84,7 @@ class SlurmCluster:
                 f"{missing[0]} is not on this machine.",
                 remedy="Debian: apt-get install slurm-wlm munge slurmdbd mariadb-server.",
             )
-        self.nodes, self.accounting = tuple(nodes), accounting
+        self.nodes, self.accounting, self.staging = tuple(nodes), accounting, staging
         self._weights, self._kill_wait_s, self._grace_s, self._lines = weights, kill_wait_s, grace_s, tuple(lines)
         self.folder = Path()
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -83,6 +104,8 @@ class SlurmCluster:
         try:
             self._start_munge()
             self._write_conf()
+            if self.staging:
+                self._write_staging()
             if self.accounting:
                 self._start_accounting()
             self.start_controller()
@@ -124,7 +147,8 @@ class SlurmCluster:
             "scheduler: {kind: slurm, launcher: srun, memory_option: mem, required: [account, time], source: ours}",
             f"machine: {{arch: {platform.machine()}, source: ours}}", 'place: {country: "NO", eea: true, source: ours}',
             "data: {max_class: red, source: ours}", "egress: {kind: none, source: ours}",
-            "billing: {unit: billing hour, floor: true, source: ours}", "partitions:",
+            "billing: {unit: billing hour, floor: true, source: ours}",
+            *(['staging: {directive: "#STAGE", source: ours}'] if self.staging else []), "partitions:",
             *(
                 f"  {name}: {{default: {str(name == partition).lower()}, nodes: [{kinds}],"
                 f" charge: {{factors: {factors}, source: ours}}, source: ours}}"
@@ -246,6 +270,8 @@ class SlurmCluster:
             f"SlurmdPidFile={self.folder}/slurmd-%n.pid", f"SlurmctldLogFile={self.folder / 'slurmctld.log'}",
             f"SlurmdLogFile={self.folder}/slurmd-%n.log", *self._lines,
         ]  # fmt: skip
+        if self.staging:
+            rows.append("BurstBufferType=burst_buffer/lua")
         if self.accounting:
             rows += ["AccountingStorageType=accounting_storage/slurmdbd", "AccountingStorageHost=127.0.0.1",
                      f"AccountingStoragePort={self._dbd_port}", f"AccountingStoragePass={self._munge}"]  # fmt: skip
@@ -269,6 +295,10 @@ class SlurmCluster:
             if node.gpus
         ]
         (self.folder / "gres.conf").write_text("\n".join([*gpus, ""]))
+
+    def _write_staging(self) -> None:
+        (self.folder / "burst_buffer.conf").write_text("Directive=STAGE\n")
+        (self.folder / "burst_buffer.lua").write_text(_STAGING)
 
     def _daemon(self, name: str, program: str, *words: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:

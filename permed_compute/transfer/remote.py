@@ -21,6 +21,7 @@ from permed_compute.transfer import sets, ssh
 from permed_compute.transfer.bundle import Bundle, Layout, arrived
 from permed_compute.transfer.destinations import Direction, SftpDestination
 from permed_compute.transfer.port import Progress
+from permed_compute.transfer.receipts import Receipt
 from permed_compute.transfer.sftp import Sftp
 
 _PATIENCE_S = 3600
@@ -91,7 +92,7 @@ class Remote:
             raise TransferError("The other side does not find what was sent to it.", remedy="Run it again.")
         return [f if path.is_dir() else f"{f}/{path.name}" for f, path in zip(folders, paths, strict=True)]
 
-    def fetch(self, job: str, to: Path, receipts: Path, progress: Progress) -> sets.Receipt:
+    def fetch(self, job: str, to: Path, receipts: Path, progress: Progress) -> Receipt:
         """Bring a job's results here, into the new folder `to`."""
         packed = self.ask("pack", job)
         with Sftp(self._sftp(packed["outgoing"], "receive")) as channel:

@@ -8,36 +8,22 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from permed_compute.errors import DamagedError, NoRoomError, StateError, TransferError
-from permed_compute.paths import read_json, write_json
+from permed_compute.paths import write_json
 from permed_compute.spec import DataClass
 from permed_compute.transfer.bundle import Arrived, Bundle, Layout, Stream, front
 from permed_compute.transfer.folder import of_os, require_room, sync
 from permed_compute.transfer.manifest import Manifest, Row, short
 from permed_compute.transfer.port import CHUNK, Channel, Progress
+from permed_compute.transfer.receipts import Receipt, receipt
+from permed_compute.transfer.receipts import file as receipt_file
 
 Verify = Callable[[bytes, bytes], str]
 """(manifest's text, signature or b'') -> who signed; raises where that is not enough."""
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """That a set is in place: written by `receive`, looked up by reference."""
-
-    reference: str
-    folder: str
-    files: int
-    bytes: int
-    data_class: str
-    signer: str
-    """As the list of signers names them; '' = not signed."""
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def send(channel: Channel, bundle: Bundle, *, largest: int = 0, anew: bool = False, progress: Progress) -> list[str]:
@@ -60,12 +46,6 @@ def send(channel: Channel, bundle: Bundle, *, largest: int = 0, anew: bool = Fal
                 channel.forget(volume.name)
         raise
     return [volume.name for volume in volumes]
-
-
-def receipt(receipts: Path, reference: str) -> Receipt | None:
-    """The receipt of a set that is in place, or None."""
-    row = read_json(receipts / f"{reference}.json")
-    return Receipt(**row) if row and Path(row["folder"]).is_dir() else None
 
 
 def receive(found: Arrived, to: Path, *, verify: Verify, receipts: Path, progress: Progress) -> Receipt:
@@ -95,7 +75,9 @@ def receive(found: Arrived, to: Path, *, verify: Verify, receipts: Path, progres
         try:
             _Landing(layout, found, staging, progress).run()
             _sync_tree(staging)
-            write_json(receipts / f"{manifest.reference}.json", made.as_dict())  # in force once the folder has its name
+            if to.exists():
+                to.rmdir()  # empty
+            write_json(receipt_file(receipts, made.reference), made.as_dict())  # in force once the folder has its name
             staging.rename(to)
             sync(to.parent)
         except OSError as error:

@@ -75,6 +75,26 @@ def test_gc_leaves_what_waits_or_runs(permed, job_file: Path, home: HomePaths) -
     assert permed("gc", "--older-than", "0s", "--json").json["removed"] == []
 
 
+def test_gc_of_received_sets_is_asked_for_and_spares_those_in_use(permed, job_file: Path, home: HomePaths) -> None:
+    for name in ("one", "two"):
+        there = job_file.parent / name
+        there.mkdir()
+        sent = job_file.parent / f"{name}.txt"
+        sent.write_text(name)
+        permed("send", sent, there)
+        assert permed("receive", there, "--unsigned", "--name", name).code == Exit.OK
+    permed("submit", job_file, "--input", "transfer:one", "--hold")
+    said = permed("gc", "--json").json
+    assert said["received"] == {"sets": 2, "bytes": 6} and said["removed"] == []
+    assert "2 received sets of 6 B kept" in permed("gc").out
+    assert permed("gc", "--received", "1d", "--json").json["removed"] == []
+    [removed] = permed("gc", "--received", "0s", "--json").json["removed"]
+    assert removed["what"] == "received sets" and not Path(removed["path"]).exists()
+    assert [path.read_text() for path in home.received.glob("*/*")] == ["one"]
+    assert permed("gc", "--json").json["received"]["sets"] == 1
+    assert permed("submit", job_file, "--input", "transfer:two", "--json").json[0]["reason"] == "transfer"
+
+
 def test_gc_wants_units(permed) -> None:
     answer = permed("gc", "--older-than", "30")
     assert answer.code == Exit.USAGE

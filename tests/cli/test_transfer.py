@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 
 import pytest
 
 from permed_compute.cli.exits import Exit
+from permed_compute.paths import read_json
 
 
 @pytest.fixture
@@ -90,3 +92,68 @@ def test_a_flipped_byte_ends_with_1(permed, scans, tmp_path):
     assert answer.code == Exit.FAILED and '"damaged"' in answer.err and "File 2 of 3" in answer.err
     assert permed("send", scans, tmp_path / "share", "--anew").code == 0
     assert permed("receive", tmp_path / "share", "--to", tmp_path / "to", "--unsigned").code == 0
+
+
+# ------------------------------------------------------------------------------------- jobs that wait for a set
+
+
+@pytest.fixture
+def waiting_job(job_file):
+    """The job of `job_file`, with what is still to come as its input."""
+    job_file.write_text(job_file.read_text().replace("inputs: [files]", "inputs: ['transfer:cohort-7/files']"))
+    return job_file
+
+
+@pytest.fixture
+def share(permed, job_file, tmp_path):
+    """A folder in which the set lies, sent by somebody: the files of the job, in a folder `files`."""
+    (tmp_path / "share").mkdir()
+    (tmp_path / "sent").mkdir()
+    shutil.copytree(job_file.parent / "files", tmp_path / "sent" / "files")
+    assert permed("send", tmp_path / "sent", tmp_path / "share").code == 0
+    return tmp_path / "share"
+
+
+def test_a_job_waits_for_the_set_that_it_names(permed, waiting_job, share, home):
+    assert permed("validate", waiting_job, "--json").json[0]["notes"] == []
+    preview = permed("submit", waiting_job, "--dry-run", "--json").json[0]
+    assert not preview["starts_now"] and preview["code"] == "transfer" and not preview["inputs"][0]["exists"]
+    [job] = permed("submit", waiting_job, "--json").json
+    assert (job["state"], job["reason"]) == ("HELD", "transfer")
+    why = permed("why", job["id"], "--json").json
+    assert why["code"] == "transfer" and "have not come in: cohort-7" in why["sentence"]
+    assert "permed receive SOURCE --name cohort-7" in why["change"]
+    ran = permed("run", waiting_job)
+    assert ran.code == Exit.INTERRUPTED and "starts when its files have come in" in ran.out
+    refused = permed("release", job["id"])
+    assert refused.code == Exit.REFUSED and "cohort-7" in refused.err
+
+    other = permed("--json", "receive", share, "--unsigned", "--name", "another")
+    assert other.code == 0 and other.json["queued"] == []
+    received = permed("--json", "receive", share, "--unsigned", "--name", "cohort-7")
+    assert job["id"] in received.json["queued"] and received.json["folder"].startswith(str(home.received))
+    assert permed("resume", job["id"], "--json").code == 0
+    ended = permed("status", job["id"], "--json").json
+    assert (ended["state"], ended["detail"]["counts"]) == ("SUCCEEDED", {"DONE": 5})
+    manifest = read_json(home.job(job["id"]).results / "manifest.json")
+    assert manifest["sets"] == {"cohort-7": received.json["reference"]}
+    assert manifest["spec_digest"] == preview["digest"]  # of the job as it was submitted
+
+
+def test_a_set_that_is_in_place_is_not_waited_for(permed, waiting_job, share):
+    permed("receive", share, "--unsigned", "--name", "cohort-7")
+    ran = permed("run", waiting_job, "--json")
+    assert ran.code == 0 and ran.json["jobs"][0]["detail"]["counts"] == {"DONE": 5}
+    refused = permed("submit", waiting_job, "--set", "data_class=green")  # the set was sent as red
+    assert refused.code == Exit.REFUSED and "is red; the job says that its data are green" in refused.err
+
+
+def test_what_the_user_holds_stays_held_when_its_files_come(permed, waiting_job, share):
+    [held] = permed("submit", waiting_job, "--hold", "--json").json
+    [waits] = permed("submit", waiting_job, "--json").json
+    assert (held["reason"], waits["reason"]) == ("held-by-user", "transfer")
+    assert permed("hold", waits["id"]).code == 0
+    assert permed("release", held["id"], "--json").json[0]["reason"] == "transfer"  # it waits for its files now
+    received = permed("--json", "receive", share, "--unsigned", "--name", "cohort-7")
+    assert received.json["queued"] == [held["id"]]
+    assert permed("release", waits["id"], "--json").json[0]["state"] == "QUEUED"

@@ -6,6 +6,7 @@ import json
 import textwrap
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from permed_compute.execution.port import Attempt, Liveness
 from permed_compute.execution.records import Records
 from permed_compute.paths import HomePaths, read_json, write_json
 from permed_compute.queue.memory import MemoryQueue
-from permed_compute.queue.port import Job
+from permed_compute.queue.port import Job, Move
 from permed_compute.service import Caller, JobService
 from permed_compute.settings import Settings
 from permed_compute.spec import JobSpec
 from permed_compute.states import JobState
+from permed_compute.transfer import receipts
+from permed_compute.transfer.receipts import Receipt
 
 NODE = (Node("local", 2000, 8192),)
 
@@ -392,3 +395,20 @@ def test_a_second_controller_does_not_lead_and_a_deposed_one_stops(fake: World) 
     job = fake.submit("squares")
     with pytest.raises(LeaseLostError):
         fake.controller.run(lambda: fake.queue.job(job.id).state is not JobState.QUEUED)
+
+
+def test_a_job_whose_files_were_removed_waits_for_them_again(world: World, tmp_path: Path) -> None:
+    """`permed gc` between admission and launch: nothing of the job has begun, and its place is free."""
+    job = world.submit("squares", inputs=["transfer:cohort"])
+    assert (job.state, job.reason) == (JobState.HELD, "transfer")
+    world.queue.apply([Move(job.id, job.version, JobState.QUEUED, "files-received", "test")])
+    [job] = world.work(job)
+    assert (job.state, job.reason, job.attempt) == (JobState.HELD, "transfer", 0) and "grants" not in job.detail
+    here = tmp_path / "received"
+    here.mkdir()
+    reference = "ab" * 32
+    write_json(receipts.file(world.home.transfers, reference), asdict(Receipt(reference, str(here), 0, 0, "black", "")))
+    receipts.give_name(world.home.transfers, "cohort", reference)
+    world.queue.apply([Move(job.id, job.version, JobState.QUEUED, "files-received", "test")])
+    [job] = world.work(job)
+    assert (job.state, job.reason) == (JobState.FAILED, "permission") and "is black" in job.detail["sentence"]

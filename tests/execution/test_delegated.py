@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,7 @@ class Far(InProcessExecutor):
 
     def require(self, spec: JobSpec) -> None: ...
     def queued(self, jobs: Sequence[Job]) -> None: ...
+    def expect(self, arrays: Mapping[str, Sequence[Attempt]]) -> None: ...
     def how_lost(self, attempt: Attempt) -> str:
         return self.lost
 

@@ -56,6 +56,8 @@ def test_a_job_goes_through_slurm_and_comes_back(slurm: SlurmCluster, login: Log
     number = login.slurm_job(job["id"])
     assert number and f"permed-{job['id']}-0001" in names(slurm)
     assert login("why", job["id"])["code"] in ("slurm-pending", "slurm-configuring", "slurm-starting", "started")
+    [allocation] = login("status")["site"]["allocations"]
+    assert (allocation["job"], allocation["number"], allocation["partition"]) == (job["id"], number, "main")
     assert login.until(job["id"], lambda state: state == "SUCCEEDED") == "SUCCEEDED"
     assert login.result(job["id"])["values"] == {"total": 55}
     assert [len(list((tmp_path / "tally").glob(f"{n}-*"))) for n in range(6)] == [1] * 6
@@ -73,6 +75,7 @@ def test_what_is_submitted_while_slurm_is_down_is_kept_explained_and_sent_once(
     job = login("submit", str(file), "--site", str(slurm.site_file()))[0]
     said = login("why", job["id"])
     assert said["code"] == "slurm-away" and "not sent yet" in said["sentence"]
+    assert "does not answer" in login("status")["site"]["says"]
     assert login.slurm_job(job["id"]) == ""
     slurm.start_controller()
     for _ in range(3):
@@ -165,6 +168,73 @@ def test_a_cancelled_jobs_end_is_told(slurm: SlurmCluster, executor: SlurmExecut
     slurm.run("scancel", (read_json(ticket_file(attempt.paths)) or {})["job"])
     wait_for(lambda: executor.liveness(attempt) is Liveness.GONE, "its end")
     assert executor.how_lost(attempt) == "cancelled-in-slurm"
+
+
+# ------------------------------------------------------------------------------------- arrays
+
+
+@pytest.fixture
+def shut(slurm: SlurmCluster) -> Iterator[None]:
+    """A partition that takes jobs and starts none."""
+    slurm.run("scontrol", "update", "partitionname=main", "state=down")
+    yield
+    slurm.run("scancel", "--user", str(os.getuid()))
+    slurm.run("scontrol", "update", "partitionname=main", "state=up")
+
+
+def elements(executor: SlurmExecutor, toys: Toys, count: int) -> list[Attempt]:
+    made = [toys.attempt("squares", job=f"element{number}", count=1) for number in range(count)]
+    executor.expect({"array": made})
+    return made
+
+
+def numbers(attempts: list[Attempt]) -> list[str]:
+    return [(read_json(ticket_file(attempt.paths)) or {}).get("job", "") for attempt in attempts]
+
+
+@pytest.mark.usefixtures("shut")
+def test_an_array_goes_out_as_one(slurm: SlurmCluster, executor: SlurmExecutor, toys: Toys) -> None:
+    made = elements(executor, toys, 4)
+    made[3].paths.job.fence.write_text("2")  # given up meanwhile
+    for attempt in made[:3]:
+        executor.launch(attempt)
+    whole = numbers(made)[0].partition("_")[0]
+    assert numbers(made) == [f"{whole}_0", f"{whole}_1", f"{whole}_2", ""]
+    assert [executor.liveness(attempt) for attempt in made] == [*[Liveness.ALIVE] * 3, Liveness.GONE]
+    assert [number for _, job in executor.allocations() for number in [job.number]] == numbers(made)[:3]
+    wait_for(lambda: executor.end(made[1]), "the end of one of them")
+    assert [executor.liveness(attempt) for attempt in made[:3]] == [Liveness.ALIVE, Liveness.GONE, Liveness.ALIVE]
+    assert executor.how_lost(made[1]) == "cancelled-in-slurm"
+    assert executor.sweep(made[:1]) == [made[2].name]
+    executor.slurm.forget()
+    assert [executor.liveness(attempt) for attempt in made[:3]] == [Liveness.ALIVE, Liveness.GONE, Liveness.GONE]
+
+
+@pytest.mark.usefixtures("shut")
+def test_an_arrays_lost_answer_is_found_element_by_element(
+    slurm: SlurmCluster, executor: SlurmExecutor, toys: Toys
+) -> None:
+    made = elements(executor, toys, 2)
+    executor.launch(made[0])
+    sent = numbers(made)
+    for attempt in made:
+        write_json(ticket_file(attempt.paths), {"job": "", "at": 0, "site": "loopback"})
+    again = SlurmExecutor(Settings(home=str(made[0].home), executor="slurm", site=str(slurm.site_file())),
+                          HomePaths(made[0].home))  # fmt: skip
+    for attempt in made:
+        again.launch(attempt)
+    assert numbers(made) == sent and len(names(slurm)) == 1
+
+
+@pytest.mark.usefixtures("shut")
+def test_where_no_array_may_be_sent_its_elements_go_one_by_one(
+    slurm: SlurmCluster, executor: SlurmExecutor, toys: Toys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = elements(executor, toys, 2)
+    monkeypatch.setattr("permed_compute.execution.slurm._ARRAY", "-array\n#SBATCH --nonsense")
+    for attempt in made:
+        executor.launch(attempt)
+    assert all(number.isdigit() for number in numbers(made))
 
 
 # ------------------------------------------------------------------------------------- places

@@ -143,9 +143,14 @@ def restarts(slurm: SlurmCluster, number: str) -> int:
     return int(next(word for word in words if word.startswith("Restarts=")).removeprefix("Restarts="))
 
 
-def test_a_training_longer_than_its_limit_is_a_chain(slurm: SlurmCluster, login: Login, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("workload", "params"), [("train", {"steps": 70, "seconds": 1.0}), ("squares", {"count": 70, "seconds": 1.0})]
+)
+def test_what_is_longer_than_its_limit_is_a_chain(
+    slurm: SlurmCluster, login: Login, tmp_path: Path, workload: str, params: dict[str, Any]
+) -> None:
     """Slurm's warning comes before the limit; the job goes on from its checkpoint without anybody looking."""
-    file = job_file(tmp_path, TOYS, "train", time_limit="1m", continuations=4, params={"steps": 70, "seconds": 1.0},
+    file = job_file(tmp_path, TOYS, workload, time_limit="1m", continuations=4, params=params,
                     resources={"cpus": 1, "memory": "2GiB"})  # fmt: skip
     job_id = login("submit", str(file), "--site", str(slurm.site_file()))[0]["id"]
     number = login.slurm_job(job_id)
@@ -153,7 +158,9 @@ def test_a_training_longer_than_its_limit_is_a_chain(slurm: SlurmCluster, login:
     wait_for(results.exists, "its result", 400)  # no command in between
     assert restarts(slurm, number) >= 1
     assert login.until(job_id, lambda state: state == "SUCCEEDED") == "SUCCEEDED"
-    assert len(login.result(job_id)["values"]["losses"]) == 70
+    result = login.result(job_id)
+    assert len(result["values"]["losses"] if workload == "train" else result["parts"]) == 70
+    assert len(login.attempts(job_id)) == 1 and login.slurm_job(job_id) == number
 
 
 def test_a_job_without_continuations_times_out_with_its_parts_kept(
@@ -179,6 +186,26 @@ def test_a_deaf_job_is_cancelled(slurm: SlurmCluster, login: Login, tmp_path: Pa
 # ------------------------------------------------------------------------------------- more than one
 
 
+def test_an_array_runs_as_one_and_each_element_pauses_for_itself(
+    slurm: SlurmCluster, login: Login, tmp_path: Path
+) -> None:
+    """Three elements of 4 cores where 8 are: two run, one is preempted, each ends with its own result."""
+    array = [{"count": count, "seconds": 0.5} for count in (6, 7, 8)]
+    file = job_file(tmp_path, TOYS, array=array, resources={"cpus": 4, "memory": "2GiB"})
+    jobs = login("submit", str(file), "--site", str(slurm.site_file("optimist")))
+    numbers = [login.slurm_job(job["id"]) for job in jobs]
+    whole = numbers[0].partition("_")[0]
+    assert numbers == [f"{whole}_{place}" for place in range(3)]
+    wait_for(lambda: begun(login, jobs[0]["id"]), "the first element's plan", 60)
+    slurm.run("sbatch", "--partition=main", "--cpus-per-task=8", "--output=/dev/null", "--wrap", "sleep 1")
+    wait_for(lambda: restarts(slurm, numbers[0]) == 1, "Slurm to put it back", 90)
+    for job, count in zip(jobs, (6, 7, 8), strict=True):
+        assert login.until(job["id"], lambda state: state == "SUCCEEDED", 240) == "SUCCEEDED", login.words(job["id"])
+        assert len(login.result(job["id"])["parts"]) == count and len(login.attempts(job["id"])) == 1
+    wait_for(lambda: not slurm.run("squeue", "--noheader"), "an empty Slurm")
+    assert slurm.strangers() == []
+
+
 def test_one_ray_over_two_nodes(home: HomePaths, tmp_path: Path) -> None:
     nodes = (SlurmNode("n1", cpus=2, memory=8_000), SlurmNode("n2", cpus=2, memory=8_000))
     with cluster(nodes=nodes) as slurm:
@@ -193,6 +220,29 @@ def test_one_ray_over_two_nodes(home: HomePaths, tmp_path: Path) -> None:
         assert slots in (set(), {0, 1})
         wait_for(lambda: not slurm.run("squeue", "--noheader"), "an empty Slurm")
         assert slurm.strangers() == []
+
+
+def test_the_sites_scheduler_copies_files_in_and_out(home: HomePaths, tmp_path: Path) -> None:
+    """`#STAGE`, as on Olivia, by Slurm's own burst buffer plug-in: the job starts when its files are there."""
+    far, near, out = (tmp_path / name for name in ("far", "near", "out"))
+    far.mkdir()
+    (far / "scan.txt").write_text("here")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "staged.py").write_text(
+        "from pathlib import Path\ndef run(part, ctx):\n    assert Path(part.sources[0]).read_text() == 'here'\n"
+    )
+    file = tmp_path / "job.yaml"
+    file.write_text(f"name: staged\nworkload: staged:run\ncode: code\ninputs: [{near}]\n")
+    with cluster(staging=True) as slurm:
+        login = Login(home, slurm.environment)
+        job_id = login(
+            "submit", str(file), "--site", str(slurm.site_file()), "--stage-in", f"{far}:{near}", "--stage-out",
+            f"{near}:{out}",
+        )[0]["id"]  # fmt: skip
+        assert login.until(job_id, lambda state: state in ("SUCCEEDED", "FAILED")) == "SUCCEEDED", login.words(job_id)
+        assert [part["state"] for part in login.result(job_id)["parts"]] == ["DONE"]
+        wait_for(lambda: not slurm.run("squeue", "--noheader"), "an empty Slurm")
+        assert (out / "scan.txt").read_text() == "here"
 
 
 def test_accounting_tells_how_a_forgotten_job_ended(home: HomePaths, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from permed_compute.errors import DamagedError, NoRoomError, PermissionDeniedError, TransferError
-from permed_compute.transfer import sets
+from permed_compute.transfer import receipts, sets
 from permed_compute.transfer.bundle import Bundle, arrived
 
 from .sides import NAME, FarFolder, FarSftp, FarTsd, same
@@ -50,7 +50,7 @@ def test_a_set_arrives_as_it_was_and_no_more_readable(far, bundle, source, tmp_p
         os.umask(before)
     assert same(source, tmp_path / "to") and receipt.files == 6 and receipt.bytes == bundle.layout.manifest.size
     assert modes(tmp_path / "to") == {0o600} and stat.S_IMODE((tmp_path / "to").stat().st_mode) == 0o700
-    assert sets.receipt(tmp_path / "receipts", receipt.reference) == receipt
+    assert receipts.receipt(tmp_path / "receipts", receipt.reference) == receipt
 
 
 def test_nothing_tells_whose_files_they_are(far, bundle, tmp_path, caplog, capfd):

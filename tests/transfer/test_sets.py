@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from permed_compute.errors import DamagedError, PermissionDeniedError, StateError
-from permed_compute.transfer import sets, signing
+from permed_compute.transfer import receipts, sets, signing
 from permed_compute.transfer.bundle import arrived
 from permed_compute.transfer.folder import Folder
 
@@ -101,10 +101,10 @@ def test_received_again_is_received_once(gate, bundle, source, tmp_path):
 def test_a_receipt_counts_for_as_long_as_its_folder_is_there(gate, bundle, tmp_path):
     sets.send(gate, bundle, progress=quiet)
     receipt = receive(gate, tmp_path)
-    assert sets.receipt(tmp_path / "receipts", receipt.reference) == receipt
+    assert receipts.receipt(tmp_path / "receipts", receipt.reference) == receipt
     (tmp_path / "to").rename(tmp_path / "moved")
-    assert sets.receipt(tmp_path / "receipts", receipt.reference) is None
-    assert sets.receipt(tmp_path / "receipts", "0" * 64) is None
+    assert receipts.receipt(tmp_path / "receipts", receipt.reference) is None
+    assert receipts.receipt(tmp_path / "receipts", "0" * 64) is None
 
 
 def test_two_at_once_do_not_write_into_one_another(gate, bundle, source, tmp_path):
