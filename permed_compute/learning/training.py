@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +36,8 @@ from permed_compute.workloads.port import Context
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 """(model, batch) → mean loss over the batch's samples, a scalar."""
+Feed = Callable[[int, int], Iterable[Any]]
+"""(epoch, first batch) → this rank's batches of the rest of the epoch, as tensors: the same ones whenever asked."""
 
 
 class Stateful(Protocol):
@@ -56,7 +58,8 @@ class Recipe:
     called by every rank after each epoch, and returns what to log. sources: objects with a numpy `RandomState` in `R`
     (MONAI's `Randomizable`) that the loop itself draws from, beyond the samples' own transforms. enough: asked with the
     history before each epoch; true ends the training early. carried: what else a checkpoint holds, rank 0's (the best
-    weights so far, for example).
+    weights so far, for example). feed: who makes whole batches at once (`rows.RowLoader`); `samples` then only says how
+    many there are, and `loaders` and `collate` nothing.
     """
 
     model: nn.Module
@@ -69,6 +72,7 @@ class Recipe:
     sources: Sequence[Any] = ()
     enough: Callable[[Sequence[Mapping[str, float]]], bool] | None = None
     carried: Mapping[str, Stateful] = field(default_factory=dict)
+    feed: Feed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +196,8 @@ class _Training:
     def _batches(self) -> Iterator[Any]:
         if self.at.batch >= self.order.batches:  # it was stopped after the last batch of an epoch
             return iter(())
+        if self.recipe.feed is not None:
+            return iter(self.recipe.feed(self.at.epoch, self.at.batch))
         return iter(
             torch.utils.data.DataLoader(
                 self.samples, batch_sampler=Batches(self.order, self.at.epoch, self.at.batch),
@@ -236,15 +242,20 @@ class _Training:
 
     def _forward_alone(self, micro: int) -> None:
         """Forward and backward of the first batch's first samples, leaving nothing behind."""
-        keys = next(self.order.of(0))[:micro]
-        collate = self.recipe.collate or torch.utils.data.default_collate
         kept = snapshot.frozen(dict(self.recipe.model.named_buffers()))
         with randomness.isolated(0):
-            loss = self._forward(self.recipe.model, collate([self.samples[key] for key in keys]))
+            loss = self._forward(self.recipe.model, self._first(micro))
             torch.autograd.backward(loss)
         self.recipe.optimizer.zero_grad(set_to_none=True)
         for name, buffer in self.recipe.model.named_buffers():
             buffer.copy_(kept[name])
+
+    def _first(self, micro: int) -> Any:
+        if self.recipe.feed is not None:
+            return _cut(next(iter(self.recipe.feed(0, 0))), 0, micro)
+        keys = next(self.order.of(0))[:micro]
+        collate = self.recipe.collate or torch.utils.data.default_collate
+        return collate([self.samples[key] for key in keys])
 
     def _agree_on_least(self, micro: int) -> int:
         """The smallest of all ranks' answers: as long as anybody's is below, half of it is tried."""

@@ -350,7 +350,7 @@ def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) 
         table.writerows(rows)
     missed = [{"sample": row[0], "reason": row[2]} for row in rows if row[1] != "done"]
     values = {"samples": len(rows), "done": len(rows) - len(missed), "without_result": missed}
-    return Result(values=values, metrics={"samples": float(len(rows)), "done": float(values["done"])})
+    return Result(values=values, metrics={"samples": float(len(rows)), "done": float(len(results))})
 
 
 WORKLOAD = Map(plan=plan, run=run, reduce=reduce, version=VERSION)

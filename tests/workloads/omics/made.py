@@ -81,3 +81,30 @@ def write_score(path: Path, rows: list[tuple], name: str = "S1", build: str = ""
     names = columns or "chr_name\tchr_position\teffect_allele\tother_allele\teffect_weight"
     path.write_text(head + names + "\n" + "".join("\t".join(map(str, row)) + "\n" for row in rows))
     return path
+
+
+def cells_on_disk(root: Path, rows: int, features: int, seed: int = 0, draws: int = 1000) -> Path:
+    """A MuData of one modality `rna`: counts of eight kinds of cells, about half of `draws` values a cell; never whole
+    in memory."""
+    import pandas as pd
+    from scipy import sparse
+
+    from permed_compute.storage.matrices import Modality, Writer, assemble
+
+    rng = np.random.default_rng(seed)
+    base = rng.lognormal(0, 1.5, features)
+    weights = np.cumsum(base * rng.lognormal(0, 0.6, (8, features)), axis=1)
+    writer = Writer(root / "X", features, "uint16", is_sparse=True, threads=2)
+    for first in range(0, rows, 8192):
+        count = min(8192, rows - first)
+        kinds, sizes = rng.integers(0, 8, count), rng.poisson(draws * rng.lognormal(0, 0.3, count))
+        columns = [
+            np.searchsorted(weights[k], rng.random(n) * weights[k, -1]) for k, n in zip(kinds, sizes, strict=True)
+        ]
+        where = np.repeat(np.arange(count), sizes), np.concatenate(columns)
+        writer.append(sparse.coo_matrix((np.ones(len(where[0]), np.int32), where), shape=(count, features)).tocsr())
+    writer.close()
+    obs = pd.DataFrame(index=pd.Index([f"cell{k}" for k in range(rows)], dtype=object))
+    var = pd.DataFrame(index=pd.Index([f"G{k}" for k in range(features)], dtype=object))
+    assemble(root / "cells.zarr", {"rna": Modality(root / "X", obs, var, {}, {}, {})})
+    return root / "cells.zarr"
