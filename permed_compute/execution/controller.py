@@ -202,9 +202,8 @@ class Controller:
             self._begin_stop(job, "interrupted")
         end = self.clock() + int(grace_s * 1000)
         while self.queue.jobs(states=LIVE) and self.clock() < end + 20_000:
-            grace_ms = max(0, end - self.clock())
             for job in self.queue.jobs(states=LIVE):
-                self._unless_stale(lambda live: self._watch(live, grace_ms), job)  # noqa: B023 - called at once
+                self._unless_stale(lambda live: self._watch(live, int(grace_s * 1000)), job)
             time.sleep(_POLL_S)
         return self.queue.jobs(states={JobState.HELD})
 

@@ -297,6 +297,18 @@ def start(world: World, job: Job) -> Attempt:
     return attempt
 
 
+def test_interrupt_gives_the_whole_grace_before_it_ends_what_does_not_stop(fake: World) -> None:
+    job = fake.submit("squares")
+    attempt = start(fake, job)
+    fake.work(job, until=running)
+    ended_at = []
+    fake.executor.end = lambda attempt: ended_at.append(fake.controller.clock()) or True
+    fake.controller.interrupt(grace_s=0.5)
+    asked = read_json(attempt.paths.stop)["at"]
+    assert ended_at[0] - asked >= 450
+    assert fake.queue.job(job.id).state is JobState.HELD
+
+
 def test_after_a_crash_what_runs_is_adopted_not_launched_again(fake: World) -> None:
     job = fake.submit("squares")
     attempt = start(fake, job)
