@@ -15,11 +15,18 @@ from permed_compute.spec import JobSpec
 from permed_compute.workloads.port import Gang, Map, PartResult, Workload
 
 CATALOG = {
+    "fusion/predict": "permed_compute.workloads.fusion.predict:WORKLOAD",
+    "fusion/train-classification": "permed_compute.workloads.fusion.train:CLASSIFICATION_WORKLOAD",
+    "fusion/train-survival": "permed_compute.workloads.fusion.train:SURVIVAL_WORKLOAD",
     "omics/convert": "permed_compute.workloads.omics.convert:WORKLOAD",
+    "omics/factors": "permed_compute.workloads.omics.factors:WORKLOAD",
     "omics/frequency": "permed_compute.workloads.omics.frequency:WORKLOAD",
     "omics/gwas": "permed_compute.workloads.omics.gwas:WORKLOAD",
+    "omics/matrix": "permed_compute.workloads.omics.matrix:WORKLOAD",
+    "omics/panel": "permed_compute.workloads.omics.panel:WORKLOAD",
     "omics/prs": "permed_compute.workloads.omics.prs:WORKLOAD",
     "omics/qc": "permed_compute.workloads.omics.qc:WORKLOAD",
+    "omics/vae": "permed_compute.workloads.omics.vae:WORKLOAD",
     "pathology/convert": "permed_compute.workloads.pathology.stores:WORKLOAD",
     "pathology/encode": "permed_compute.workloads.pathology.encode:WORKLOAD",
     "pathology/tiles": "permed_compute.workloads.pathology.tiles:WORKLOAD",
