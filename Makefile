@@ -10,6 +10,7 @@ help:            ## this list
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps lavlab-shell==0.9.1  # its weights only
 	touch $@
 
 env: $(VENV)/.ready ## the environment, from pinned versions

@@ -29,6 +29,7 @@ CATALOG = {
     "omics/vae": "permed_compute.workloads.omics.vae:WORKLOAD",
     "pathology/convert": "permed_compute.workloads.pathology.stores:WORKLOAD",
     "pathology/encode": "permed_compute.workloads.pathology.encode:WORKLOAD",
+    "pathology/segment": "permed_compute.workloads.pathology.segment:WORKLOAD",
     "pathology/tiles": "permed_compute.workloads.pathology.tiles:WORKLOAD",
     "radiology/brain-extraction": "permed_compute.workloads.radiology.infer:WORKLOAD",
     "radiology/evaluate": "permed_compute.workloads.radiology.evaluate:WORKLOAD",

@@ -42,6 +42,7 @@ class DicomSlide(Closing):
             for item in found
         ]
         self._streams = [Stream(b"", level.layout.rgb) for level in self.levels]
+        self.file = found[0].file  # of level 0
         self.about = About("dicom-wsi", checked_mpp(found[0].mpp, mpp), found[0].objective, found[0].icc)
 
     def raw(self, level: int, row: int, column: int) -> memoryview | None:
@@ -77,7 +78,7 @@ class _Instance:
             refuse("UNREADABLE", "The slide is not JPEG baseline in full tiling.", "Other DICOM slides: not read yet.")
         if ds.SamplesPerPixel != 3 or ds.BitsAllocated != 8:
             refuse("COLOUR_UNSUPPORTED", "The slide is not 8-bit RGB.", "Only brightfield slides are read.")
-        self.series = str(ds.get("SeriesInstanceUID", ""))
+        self.file, self.series = file, str(ds.get("SeriesInstanceUID", ""))
         rgb = ds.PhotometricInterpretation == "RGB"
         self.layout = Layout(
             int(ds.TotalPixelMatrixColumns),

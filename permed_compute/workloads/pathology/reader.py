@@ -122,6 +122,10 @@ class Reader:
         for k in run:
             self._read(batch[k], ways, float(places[k][0]), float(places[k][1]))
 
+    def scale(self, mpp: float) -> tuple[float, float]:
+        """Level-0 pixels per pixel of `mpp`, (x, y), as `read` takes it: whole where it is whole to 0.1 %."""
+        return _snapped(mpp / self.mpp[0]), _snapped(mpp / self.mpp[1])
+
     def level_of(self, mpp: float) -> int:
         """The level that `read` takes for this resolution, where the corner lies on its pixels."""
         return self._best(self._ways(mpp), 0, 0).level
@@ -148,7 +152,7 @@ class Reader:
         return self._known[mpp]
 
     def _found(self, mpp: float) -> list[_Way]:
-        want = _snapped(mpp / self.mpp[0]), _snapped(mpp / self.mpp[1])  # level-0 pixels per wanted pixel
+        want = self.scale(mpp)
         mean = all(scale == round(scale) for scale in want)
         finest = min(want) * (1 + _EXACT)
         ways: dict[float, _Way] = {}

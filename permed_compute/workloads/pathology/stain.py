@@ -57,3 +57,40 @@ def normalise(batch: np.ndarray, stain: Stain) -> np.ndarray:
     density = -np.log((batch.astype(np.float32) + 1) / _GLASS)
     shown = _GLASS * np.exp(-(density @ stain.matrix().astype(np.float32)))
     return np.asarray(np.clip(shown, 0, 255), np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------ as SHELL sees it
+
+
+def eho(view: np.ndarray, tissue: np.ndarray) -> dict[str, Any]:
+    """What `as_eho` needs of a slide (JSON), as SHELL (lavlab-shell 0.9) takes it from an overview.
+
+    view: (h, w, 3) uint8; tissue: (h, w) bool. Rows of the inverse stain matrix, the light, 1st and 99th percentiles.
+    """
+    from macenko_pca import find_stain_index, rgb_separate_stains_macenko_pca, stain_color_map
+
+    glass = view[~tissue & (view != 255).any(2)]
+    light = float(np.clip(glass.mean(dtype=np.float64), 200, 255)) if len(glass) >= 100 else 240.0
+    separate: Any = rgb_separate_stains_macenko_pca
+    found = np.asarray(separate(np.ascontiguousarray(view), bg_int=[light], mask_out=~tissue), np.float64)
+    first, second = (find_stain_index(stain_color_map[name], found) for name in ("eosin", "hematoxylin"))
+    if first == second or 2 in (first, second):
+        first, second = 1, 0
+    inverse = np.linalg.pinv(found)
+    rows = [*(inverse[k].tolist() for k in (first, second)), [1 / 3] * 3]
+    amounts = _amounts(view, light, rows)
+    ranges = [np.percentile(amounts[..., k], (1, 99)).tolist() for k in range(3)]
+    return {"light": light, "rows": rows, "ranges": [[a, b] if b > a + 1e-8 else [0.0, 1.0] for a, b in ranges]}
+
+
+def as_eho(pixels: np.ndarray, facts: Any) -> np.ndarray:
+    """(h, w, 3) uint8: eosin, haematoxylin and mean optical density, each from its 1st to its 99th percentile."""
+    low, high = np.array(facts["ranges"], np.float32).T
+    amounts = _amounts(pixels, facts["light"], facts["rows"])
+    return np.asarray(np.clip((amounts - low) / (high - low + 1e-8), 0, 1) * 255, np.uint8)
+
+
+def _amounts(pixels: np.ndarray, light: float, rows: Any) -> np.ndarray:
+    """(h, w, 3) float32 of optical densities (base 10) times `rows`."""
+    density = -np.log10(np.clip(np.arange(256, dtype=np.float32), 1, light) / np.float32(light))
+    return np.asarray(density[pixels] @ np.array(rows, np.float32).T)

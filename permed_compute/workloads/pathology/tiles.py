@@ -34,7 +34,7 @@ from permed_compute.workloads.pathology.reader import Reader
 from permed_compute.workloads.pathology.source import refuse
 from permed_compute.workloads.port import Context, DonePart, Map, Part, PartResult, Result
 
-VERSION = "1"
+VERSION = "2"
 INDEX, CONTOURS, OVERVIEW = "tiles.parquet", "tissue.geojson", "overview.jpg"
 _BATCH = 64
 _MOST_FIGURES = 24

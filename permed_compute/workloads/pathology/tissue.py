@@ -11,7 +11,6 @@ tile's luminance (Pech-Pacheco et al., ICPR 2000) over that of the luminance, so
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from permed_compute.paths import write_json
+from permed_compute.workloads.pathology import geojson
 from permed_compute.workloads.pathology.reader import Reader
 
 VIEW_MPP = 8.0
@@ -160,18 +159,11 @@ def contours(found: Tissue) -> list[Any]:
 
 
 def write_geojson(path: Path, polygons: list[Any], name: str, measurements: Mapping[str, float]) -> None:
-    """Annotations as QuPath reads them: level-0 pixels, `objectType`, `classification`, `measurements`."""
-    from shapely.geometry import mapping
-
-    features = [
-        {
-            "type": "Feature", "geometry": json.loads(json.dumps(mapping(polygon))),
-            "properties": {"objectType": "annotation", "classification": {"name": name, "color": [200, 0, 0]},
-                           "measurements": dict(measurements)},
-        }
-        for polygon in polygons
-    ]  # fmt: skip
-    write_json(path, {"type": "FeatureCollection", "features": features})
+    """Annotations as QuPath reads them (`geojson`)."""
+    with geojson.writing(path) as write:
+        for polygon in polygons:
+            rings = [np.asarray(ring.coords)[:-1] for ring in (polygon.exterior, *polygon.interiors)]
+            write(geojson.feature(rings, "annotation", name, (200, 0, 0), measurements))
 
 
 def picture(found: Tissue, longest: int = 640) -> np.ndarray:

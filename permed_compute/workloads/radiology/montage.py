@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 
 from permed_compute.spec import Purpose
-from permed_compute.workloads.radiology.outputs import (
+from permed_compute.workloads.dicomresult import (
     MANUFACTURER,
-    Algorithm,
     copy_patient_and_study,
     derived_uid,
     series_number,
     settle,
-    sources,
 )
+from permed_compute.workloads.radiology.outputs import Algorithm, sources
 from permed_compute.workloads.radiology.read import Volume
 
 COLUMNS, ROWS = 5, 4
@@ -95,7 +94,7 @@ def write_montage(picture: np.ndarray, volume: Volume, path: Path, algorithm: Al
         coordinate_system="PATIENT",
         study_instance_uid=header.StudyInstanceUID,
         series_instance_uid=derived_uid("montage-series", *key),
-        series_number=series_number(volume, 3),
+        series_number=series_number(volume.header, 3),
         sop_instance_uid=derived_uid("montage-instance", *key),
         instance_number=1,
         manufacturer=MANUFACTURER,
@@ -107,8 +106,8 @@ def write_montage(picture: np.ndarray, volume: Volume, path: Path, algorithm: Al
     capture.SeriesDescription = algorithm.described("quality control", purpose)
     capture.DerivationDescription = f"{algorithm.label} outlines by {algorithm.name} {algorithm.version}"
     capture.SoftwareVersions = algorithm.version
-    copy_patient_and_study(capture, volume)
-    settle(capture, volume)
+    copy_patient_and_study(capture, volume.header)
+    settle(capture, volume.header)
     for keyword in ("DateOfSecondaryCapture", "TimeOfSecondaryCapture"):
         if keyword in capture:
             delattr(capture, keyword)

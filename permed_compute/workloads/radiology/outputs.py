@@ -7,7 +7,6 @@ content's moment is that of the images it shows; when it was computed stands in 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,30 +16,19 @@ import numpy as np
 
 from permed_compute.errors import WorkloadError
 from permed_compute.spec import Purpose
+from permed_compute.workloads.dicomresult import (
+    EMPTY_WHERE_MISSING,
+    MANUFACTURER,
+    copy_patient_and_study,
+    decimals,
+    derived_uid,
+    series_number,
+    settle,
+    settle_dimensions,
+)
 from permed_compute.workloads.radiology.read import Volume
 
-MANUFACTURER = "permed_compute"
 _CHROMA = float(np.hypot(45, 40))
-
-# What a result shares with its source (Patient, Patient Study and General Study modules). Nothing else is copied:
-# headers of scanners and converters hold values that DICOM forbids, and private data that no result should carry.
-_TEXTS = (
-    "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex", "PatientIdentityRemoved",
-    "DeidentificationMethod", "StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "StudyDescription",
-    "AccessionNumber", "ReferringPhysicianName", "PositionReferenceIndicator", "LossyImageCompression",
-    "LossyImageCompressionMethod",
-)  # fmt: skip
-_DECIMALS = ("PatientSize", "PatientWeight", "LossyImageCompressionRatio")
-_SEQUENCES = (
-    "DeidentificationMethodCodeSequence",
-    "IssuerOfAccessionNumberSequence",
-    "IssuerOfPatientIDQualifiersSequence",
-)
-_EMPTY_WHERE_MISSING = (
-    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
-    "AccessionNumber", "ReferringPhysicianName",
-)  # fmt: skip
-
 
 Coding = Literal["BINARY", "LABELMAP"]
 """How a SEG holds its pixels. BINARY is what every viewer reads; LABELMAP (2024) is small with many segments."""
@@ -81,12 +69,6 @@ class Algorithm:
     def described(self, what: str, purpose: Purpose) -> str:
         """A series description: what it is, and that it is research where it is not for care."""
         return (f"{self.label} {what}" if purpose is Purpose.CARE else f"RESEARCH {self.label} {what}")[:64]
-
-
-def derived_uid(*parts: str) -> str:
-    """A UID below 2.25 (PS3.5 B.2) that the same parts give again: no clock, no chance, nobody's root to register."""
-    digest = hashlib.sha256("\x1f".join(parts).encode()).digest()
-    return f"2.25.{int.from_bytes(digest[:16], 'big')}"
 
 
 # ------------------------------------------------------------------------------------------------ NIfTI
@@ -135,7 +117,7 @@ def write_seg(
         segmentation_type=coding,
         segment_descriptions=[_segment(number, item, algorithm) for number, item in enumerate(algorithm.segments, 1)],
         series_instance_uid=derived_uid("seg-series", *key),
-        series_number=series_number(volume, 1),
+        series_number=series_number(volume.header, 1),
         sop_instance_uid=derived_uid("seg-instance", *key),
         instance_number=1,
         manufacturer=MANUFACTURER,
@@ -153,9 +135,9 @@ def write_seg(
     )
     if not care:
         seg.ContentQualification = "RESEARCH"
-    copy_patient_and_study(seg, volume)
-    settle(seg, volume)
-    _settle_dimensions(seg, derived_uid("seg-dimensions", *key))
+    copy_patient_and_study(seg, volume.header)
+    settle(seg, volume.header)
+    settle_dimensions(seg, derived_uid("seg-dimensions", *key))
     seg.save_as(path, enforce_file_format=True)
 
 
@@ -226,7 +208,7 @@ def _reference(volume: Volume, k: int) -> Any:
 
     item = volume.slices[k]
     ds = Dataset()
-    for keyword in _EMPTY_WHERE_MISSING:
+    for keyword in EMPTY_WHERE_MISSING:
         setattr(ds, keyword, "")
     ds.SpecificCharacterSet = "ISO_IR 192"
     ds.SOPClassUID, ds.SOPInstanceUID = item.sop_class, item.sop_instance
@@ -235,60 +217,11 @@ def _reference(volume: Volume, k: int) -> Any:
     ds.FrameOfReferenceUID = item.frame_of_reference or derived_uid("frame-of-reference", volume.series)
     ds.Modality, ds.Rows, ds.Columns = volume.modality, item.rows, item.columns
     if item.frame is None:
-        ds.ImagePositionPatient = _decimals(_given(item.position))
-        ds.ImageOrientationPatient = _decimals(_given(item.orientation))
-        ds.PixelSpacing = _decimals(_given(item.spacing))
-        (ds.SliceThickness,) = _decimals([item.thickness or volume.spacing[2]])
+        ds.ImagePositionPatient = decimals(_given(item.position))
+        ds.ImageOrientationPatient = decimals(_given(item.orientation))
+        ds.PixelSpacing = decimals(_given(item.spacing))
+        (ds.SliceThickness,) = decimals([item.thickness or volume.spacing[2]])
     return ds
-
-
-def copy_patient_and_study(result: Any, volume: Volume) -> None:
-    """As the source has them, in UTF-8: files without a character set hold Latin-1 more often than not."""
-    from pydicom.valuerep import PersonName
-
-    header = volume.header
-    for keyword in (*_TEXTS, *_SEQUENCES):
-        if keyword in header and (keyword != "PositionReferenceIndicator" or "FrameOfReferenceUID" in result):
-            result.add(header[keyword])
-    for keyword in _DECIMALS:
-        values = header.get(keyword)
-        if values not in (None, ""):
-            many = values if hasattr(values, "__iter__") and not isinstance(values, str) else [values]
-            setattr(result, keyword, _decimals(many))
-    for keyword in ("PatientName", "ReferringPhysicianName"):
-        result[keyword].value = PersonName(str(header.get(keyword) or ""))
-
-
-def _decimals(values: Any) -> list[Any]:
-    from pydicom.valuerep import DSfloat
-
-    return [DSfloat(float(value), auto_format=True) for value in values]
-
-
-def series_number(volume: Volume, kind: int) -> int:
-    """The source's series number × 100 + kind (1 SEG, 2 SR, 3 picture), as PACS users know derived series; 9000 + kind
-    where it has none that fits."""
-    number = volume.header.get("SeriesNumber")
-    return int(number) * 100 + kind if str(number or "").isdigit() and int(number) < 10_000_000 else 9000 + kind
-
-
-def settle(result: Any, volume: Volume) -> None:
-    """Replace what a library takes from the clock: dates and times are those of the images that the result shows."""
-    header = volume.header
-    date = str(header.get("SeriesDate") or header.get("StudyDate") or "19700101")
-    time = str(header.get("SeriesTime") or header.get("StudyTime") or "000000")
-    result.SeriesDate = result.ContentDate = date
-    result.SeriesTime = result.ContentTime = time
-    for keyword in ("InstanceCreationDate", "InstanceCreationTime"):
-        if keyword in result:
-            delattr(result, keyword)
-    for item in result.get("ContributingEquipmentSequence", ()):
-        item.pop("ContributionDateTime", None)
-
-
-def _settle_dimensions(seg: Any, dimensions: str) -> None:
-    for item in (*seg.DimensionIndexSequence, *seg.DimensionOrganizationSequence):
-        item.DimensionOrganizationUID = dimensions
 
 
 # ------------------------------------------------------------------------------------------------ picture

@@ -11,18 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from permed_compute.spec import Purpose
-from permed_compute.workloads.radiology.measure import Measurements
-from permed_compute.workloads.radiology.outputs import (
+from permed_compute.workloads.dicomresult import (
     MANUFACTURER,
-    Algorithm,
-    Concept,
     copy_patient_and_study,
     derived_uid,
-    identification,
     series_number,
     settle,
-    sources,
 )
+from permed_compute.workloads.radiology.measure import Measurements
+from permed_compute.workloads.radiology.outputs import Algorithm, Concept, identification, sources
 from permed_compute.workloads.radiology.read import Volume
 
 _PROCEDURES: dict[str, Concept] = {
@@ -68,7 +65,7 @@ def write_report(
         evidence=[*sources(volume), seg],
         content=content[0],
         series_instance_uid=derived_uid("sr-series", *key),
-        series_number=series_number(volume, 2),
+        series_number=series_number(volume.header, 2),
         sop_instance_uid=derived_uid("sr-instance", *key),
         instance_number=1,
         manufacturer=MANUFACTURER,
@@ -80,8 +77,8 @@ def write_report(
     report.SoftwareVersions = algorithm.version
     report.DeviceSerialNumber = algorithm.digest[:16]
     report.SeriesDescription = algorithm.described("measurements", purpose)
-    copy_patient_and_study(report, volume)
-    settle(report, volume)
+    copy_patient_and_study(report, volume.header)
+    settle(report, volume.header)
     report.save_as(path, enforce_file_format=True)
 
 

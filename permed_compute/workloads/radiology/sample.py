@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from permed_compute.errors import NotFoundError
-from permed_compute.workloads.radiology.outputs import derived_uid
+from permed_compute.workloads.dicomresult import derived_uid
 
 _DEBIAN = ("share/mricron/templates/ch2.nii.gz",)
 _NILEARN = "datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"

@@ -12,7 +12,7 @@ import zarr
 from permed_compute.errors import NotFoundError, RefusedInput, SpecError, WorkloadError
 from permed_compute.spec import JobSpec
 from permed_compute.testing.context import run_map
-from permed_compute.workloads.pathology import encode, encoders, features, networks, tiles
+from permed_compute.workloads.pathology import encode, encoders, features, networks, segment, tiles
 from permed_compute.workloads.pathology.reader import Reader
 from permed_compute.workloads.pathology.source import open_slide
 
@@ -278,7 +278,7 @@ def test_importing_the_workloads_loads_nothing_heavy():
     assert ran.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", ["convert", "tiles", "encode"])
+@pytest.mark.parametrize("name", ["convert", "tiles", "encode", "segment"])
 def test_the_shipped_jobs_are_valid_and_say_the_defaults(name):
     from importlib import resources
     from pathlib import Path
@@ -287,5 +287,7 @@ def test_the_shipped_jobs_are_valid_and_say_the_defaults(name):
     from permed_compute.workloads.pathology import stores
 
     job = specs.load(Path(str(resources.files("permed_compute.jobs"))) / f"pathology/{name}/job.yaml")
-    check = {"convert": stores.params_of, "tiles": tiles.params_of, "encode": encode.params_of}[name]
+    check = {
+        "convert": stores.params_of, "tiles": tiles.params_of, "encode": encode.params_of, "segment": segment.params_of,
+    }[name]  # fmt: skip
     assert job.workload == f"pathology/{name}" and check(job.params) == check({})

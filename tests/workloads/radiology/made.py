@@ -10,8 +10,8 @@ import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from permed_compute.workloads.dicomresult import derived_uid
 from permed_compute.workloads.radiology import read
-from permed_compute.workloads.radiology.outputs import derived_uid
 
 MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
 

@@ -305,7 +305,7 @@ def test_every_kind_of_rejection_has_its_reason_and_the_others_go_on(orthanc, tm
 
 
 def worklist_uid(name: str) -> str:
-    from permed_compute.workloads.radiology.outputs import derived_uid
+    from permed_compute.workloads.dicomresult import derived_uid
 
     return derived_uid("test-worklist", name)
 
