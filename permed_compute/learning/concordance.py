@@ -73,7 +73,7 @@ def shares(pairs: Pairs, score: np.ndarray, counts: np.ndarray) -> np.ndarray:
         wins = (score[rows, None] > score) + 0.5 * (score[rows, None] == score)
         above += (counts[:, rows] * (counts @ (weight * wins).T)).sum(1)
         all_of_them += (counts[:, rows] * (counts @ weight.T)).sum(1)
-    return np.divide(above, all_of_them, out=np.full(len(counts), np.nan), where=all_of_them > 0)
+    return np.asarray(np.divide(above, all_of_them, out=np.full(len(counts), np.nan), where=all_of_them > 0))
 
 
 def auroc(is_class: np.ndarray, score: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate | None:

@@ -116,7 +116,7 @@ def given(found: Sequence[T], bound: Bound[T], side: Callable[[T], str]) -> Side
         )
     if not placed["training"]:
         raise WorkloadError("The split that was given leaves nothing for training.", remedy="See the column `split`.")
-    return Sides(*(tuple(placed[name]) for name in placed), "as given")
+    return Sides(tuple(placed["training"]), tuple(placed["validation"]), tuple(placed["test"]), "as given")
 
 
 def grouped(found: Sequence[T], bound: Bound[T]) -> list[list[T]]:

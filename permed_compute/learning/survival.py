@@ -2,8 +2,8 @@
 
 Times are in any unit, as long as it is one; an event is True where it was seen, False where follow-up ended before.
 
-The Cox loss is torchsurv's (Efron's ties). Figures are defined as scikit-survival defines them, and held against it in
-the tests; it is no dependency, because it is GPL and its bootstrap would take minutes (docs/decisions/092).
+Losses and figures are defined as torchsurv and scikit-survival define them, and held against both in the tests; why
+they are no dependencies: docs/decisions/092.
 """
 
 from __future__ import annotations
@@ -103,16 +103,29 @@ def cox_loss(risk: torch.Tensor, time: torch.Tensor, event: torch.Tensor) -> tor
 
     The risk set is the batch: the mean over parts of a batch is not the loss of the batch.
     """
+    import torch
+
     if not bool(event.any()):
         return risk.sum() * 0.0
-    from torchsurv.loss.cox import neg_partial_log_likelihood
+    order = torch.argsort(time)
+    # Only differences of risks count: the largest taken off, none overflows.
+    log_hazard = (risk.double() - risk.detach().double().max())[order]
+    seen = event.bool()[order]
+    place = torch.unique_consecutive(time[order], return_inverse=True)[1]
+    hazard, times = log_hazard.exp(), int(place[-1]) + 1
+    at_risk = _summed(hazard, place, times).flip(0).cumsum(0).flip(0)
+    tied = _summed(hazard * seen, place, times)
+    many = _summed(seen.double(), place, times)
+    # Of the people with the event at one time, the k-th of m sees k / m of their hazard gone (Efron 1977).
+    before = (many.cumsum(0) - many)[place]
+    share = (seen.double().cumsum(0) - 1 - before)[seen] / many[place][seen]
+    left = at_risk[place][seen] - share * tied[place][seen]
+    return ((left.log() - log_hazard[seen]).sum() / seen.sum()).float()
 
-    # Only differences of risks count: the largest taken off, none overflows. torchsurv's own mean is over times.
-    relative = risk.float() - risk.detach().float().max()
-    total: torch.Tensor = neg_partial_log_likelihood(
-        relative, event.bool(), time.float(), ties_method="efron", reduction="sum", checks=False
-    )
-    return total / event.sum()
+
+def _summed(values: torch.Tensor, place: torch.Tensor, count: int) -> torch.Tensor:
+    """(count,): the sum of the values at each place."""
+    return values.new_zeros(count).index_add(0, place, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +179,7 @@ def curve(logits: torch.Tensor) -> torch.Tensor:
 
 def risk_of_curve(survival: np.ndarray) -> np.ndarray:
     """(n,): minus the mean of the curve; higher is sooner."""
-    return -np.asarray(survival, float).mean(axis=1)
+    return np.asarray(-np.asarray(survival, float).mean(axis=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +311,7 @@ def _integrated_brier(
 
 
 def _inverse(chance: np.ndarray) -> np.ndarray:
-    return np.divide(1.0, chance, out=np.zeros(len(chance)), where=chance > 0)
+    return np.asarray(np.divide(1.0, chance, out=np.zeros(len(chance)), where=chance > 0))
 
 
 def as_rows(found: Mapping[str, Estimate | None]) -> dict[str, dict[str, Any] | None]:

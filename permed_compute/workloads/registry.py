@@ -31,6 +31,7 @@ CATALOG = {
     "pathology/encode": "permed_compute.workloads.pathology.encode:WORKLOAD",
     "pathology/segment": "permed_compute.workloads.pathology.segment:WORKLOAD",
     "pathology/tiles": "permed_compute.workloads.pathology.tiles:WORKLOAD",
+    "pathology/train-mil": "permed_compute.workloads.pathology.train:WORKLOAD",
     "radiology/brain-extraction": "permed_compute.workloads.radiology.infer:WORKLOAD",
     "radiology/evaluate": "permed_compute.workloads.radiology.evaluate:WORKLOAD",
     "radiology/ingest": "permed_compute.workloads.radiology.ingest:WORKLOAD",

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 from permed_compute.errors import RefusedInput  # noqa: E402
 from permed_compute.learning import concordance, survival  # noqa: E402
 from permed_compute.learning.survival import Baseline, Bins, Outcomes  # noqa: E402
+from permed_compute.workloads.pathology import networks  # noqa: E402
 
 
 def people(seed: int, count: int = 120, *, ties: bool = True) -> tuple[Outcomes, np.ndarray]:
@@ -26,7 +27,6 @@ def surv(outcomes: Outcomes) -> np.ndarray:
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_cox_loss_is_scikit_survivals(ties: bool) -> None:
-    pytest.importorskip("torchsurv")
     coxph = pytest.importorskip("sksurv.linear_model.coxph")
     outcomes, risk = people(0, ties=ties)
     loss = survival.cox_loss(*(torch.from_numpy(x) for x in (risk, outcomes.time, outcomes.event)))
@@ -35,6 +35,17 @@ def test_the_cox_loss_is_scikit_survivals(ties: bool) -> None:
     assert float(loss) == pytest.approx(wanted, rel=1e-5)
     shifted = survival.cox_loss(*(torch.from_numpy(x) for x in (risk + 500, outcomes.time, outcomes.event)))
     assert float(shifted) == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_the_cox_loss_and_its_gradient_are_torchsurvs() -> None:
+    networks._allow_torchvision()  # torchsurv imports torchmetrics, and that torchvision
+    cox = pytest.importorskip("torchsurv.loss.cox")
+    outcomes, risk = people(0)
+    event, time = torch.from_numpy(outcomes.event), torch.from_numpy(outcomes.time)
+    ours, theirs = (torch.from_numpy(risk).float().requires_grad_() for _ in range(2))
+    survival.cox_loss(ours, time, event).backward()
+    (cox.neg_partial_log_likelihood(theirs, event, time.float(), reduction="sum") / event.sum()).backward()
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
 
 
 def test_a_batch_without_event_teaches_nothing_and_breaks_nothing() -> None:
