@@ -29,6 +29,7 @@ CATALOG = {
     "omics/vae": "permed_compute.workloads.omics.vae:WORKLOAD",
     "pathology/convert": "permed_compute.workloads.pathology.stores:WORKLOAD",
     "pathology/encode": "permed_compute.workloads.pathology.encode:WORKLOAD",
+    "pathology/predict": "permed_compute.workloads.pathology.predict:WORKLOAD",
     "pathology/segment": "permed_compute.workloads.pathology.segment:WORKLOAD",
     "pathology/tiles": "permed_compute.workloads.pathology.tiles:WORKLOAD",
     "pathology/train-mil": "permed_compute.workloads.pathology.train:WORKLOAD",
