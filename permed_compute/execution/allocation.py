@@ -185,9 +185,9 @@ class _Lead:
             if left or time.monotonic() > deadline:
                 raise EngineError(f"{len(nodes)} of {self._count} nodes joined Ray.", remedy="See slurm.out.")
             time.sleep(_POLL_S)
-        placed = replace(self._attempt, grants=place(self._attempt.grants, nodes))
-        placed.write()
-        executor.launch(placed)
+        self._attempt = replace(self._attempt, grants=place(self._attempt.grants, nodes))
+        self._attempt.write()
+        executor.launch(self._attempt)
 
     def _watch(self, executor: _Inside, session: Session, listener: subprocess.Popen[bytes] | None) -> None:
         """Until the attempt has ended or paused, or is lost with its Ray."""
