@@ -54,6 +54,13 @@ def test_with_loopback_only_there_is_no_way_out() -> None:
     assert done.stdout.split("\n")[:2] == ["no way", "no way"] and done.returncode == 1
 
 
+@needs_loopback
+def test_with_loopback_only_programs_find_it() -> None:
+    """Slurm asks so, and starts nothing where the answer is that this machine has no address."""
+    asks = "import socket; print(socket.getaddrinfo('127.0.0.1', 1, socket.AF_INET, flags=socket.AI_ADDRCONFIG)[0][4])"
+    assert network.isolated([sys.executable, "-c", asks]).stdout == "('127.0.0.1', 1)\n"
+
+
 @needs_wire
 @pytest.mark.ray
 @pytest.mark.slow

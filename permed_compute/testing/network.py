@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 _MODULE = "permed_compute.testing.network"
-_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _IFF_UP = 0x8913, 0x8914, 0x8916, 0x1
 _ALL_PROTOCOLS = 0x0003
 _IPV4, _IPV6 = 0x0800, 0x86DD
 _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp"}
@@ -107,6 +107,9 @@ def _loopback_up() -> None:
         request = struct.pack("16sh", b"lo", 0)
         flags = struct.unpack("16sh", fcntl.ioctl(any_socket, _SIOCGIFFLAGS, request))[1]
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh", b"lo", flags | _IFF_UP))
+        # Where 127.0.0.1 is the only address, glibc tells who asks by AI_ADDRCONFIG, as Slurm does, that there is none.
+        second = struct.pack("16sH2x4s8x", b"lo:2", socket.AF_INET, socket.inet_aton("127.0.0.2"))
+        fcntl.ioctl(any_socket, _SIOCSIFADDR, second)
 
 
 def _on_a_wire(watch: Path, command: Sequence[str]) -> int:
