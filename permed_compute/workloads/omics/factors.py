@@ -145,29 +145,40 @@ def fitted(
     people: Sequence[str], views: Sequence[View], *, factors: int, least: float, iterations: int, seed: int
 ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
     """(people, factors), of each view (features, factors), and (views, factors) shares of variance, by mofapy2."""
-    from mofapy2.run.entry_point import entry_point
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it greets
-        entry = entry_point()
-        entry.set_data_options(scale_views=True)
-        entry.set_data_matrix(
-            [[view.values.copy()] for view in views], likelihoods=[view.likelihood for view in views],
-            views_names=[view.name for view in views], samples_names=[list(people)],
-            features_names=[[f"{view.name}:{name}" for name in view.features] for view in views],
-        )  # fmt: skip
-        entry.set_model_options(factors=factors, ard_weights=True, ard_factors=False)
-        entry.set_train_options(
-            iter=iterations, convergence_mode="medium", dropR2=least, seed=seed % 2**31, verbose=False, quiet=True
-        )
-        entry.build()
-        entry.run()
-        explained = np.asarray(entry.model.calculate_variance_explained()[0])
+    before = np.random.get_state()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it greets, and seeds the global stream
+            entry = _run(people, views, factors=factors, least=least, iterations=iterations, seed=seed)
+    finally:
+        np.random.set_state(before)
+    explained = np.asarray(entry.model.calculate_variance_explained()[0])
     scores = np.asarray(entry.model.nodes["Z"].getExpectation())
     weights = [np.asarray(one["E"]) for one in entry.model.nodes["W"].getExpectations()]
     order = np.argsort(-explained.sum(axis=0), kind="stable")
     signs = np.sign(np.concatenate(weights)[:, order].sum(axis=0))  # either sign fits: the weights' sum is positive
     signs[signs == 0] = 1
     return scores[:, order] * signs, [one[:, order] * signs for one in weights], explained[:, order]
+
+
+def _run(
+    people: Sequence[str], views: Sequence[View], *, factors: int, least: float, iterations: int, seed: int
+) -> Any:
+    from mofapy2.run.entry_point import entry_point
+
+    entry = entry_point()
+    entry.set_data_options(scale_views=True)
+    entry.set_data_matrix(
+        [[view.values.copy()] for view in views], likelihoods=[view.likelihood for view in views],
+        views_names=[view.name for view in views], samples_names=[list(people)],
+        features_names=[[f"{view.name}:{name}" for name in view.features] for view in views],
+    )  # fmt: skip
+    entry.set_model_options(factors=factors, ard_weights=True, ard_factors=False)
+    entry.set_train_options(
+        iter=iterations, convergence_mode="medium", dropR2=least, seed=seed % 2**31, verbose=False, quiet=True
+    )
+    entry.build()
+    entry.run()
+    return entry
 
 
 def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) -> Result:
