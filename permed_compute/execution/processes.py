@@ -2,6 +2,7 @@
 
 A mark is an environment variable, so that children carry it however they detach (double fork, setsid, another Ray
 worker). A process that wiped its environment is still found below its parent: members adopt orphans (`adopt_orphans`).
+A worker that Ray is starting has the mark in its command line until it has passed the gate (`raysetup`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from permed_compute.execution import raysetup
+
 ATTEMPT_MARK = "PERMED_ATTEMPT"
 """`<attempt name>/<slot>`, slot a number or `driver`."""
+STARTING_MARK = "PERMED_ATTEMPT at the gate"
+"""No variable, but the same of a process that is not yet one of the attempt's: nothing of the attempt runs in it."""
 SESSION_MARK = "PERMED_RAY"
 """The runtime folder of the home whose local Ray this is."""
 
@@ -24,6 +29,8 @@ _TICK = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _SETTLED_S = 15.0
 """A process this old has long done its exec: that it bears no mark need not be looked up again."""
+_LOOKS, _LOOK_AGAIN_S = 20, 0.001
+"""Within an exec, a process has neither command line nor environment."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -109,22 +116,49 @@ class ProcessTable:
         who = (process.pid, process.started)
         known = self._marks.get(who)
         if known is None:
-            known = _marks_in_environment(process.pid)
+            known = _marks_of(process.pid)
             age = time.clock_gettime(time.CLOCK_BOOTTIME) - process.started / _TICK
-            if ATTEMPT_MARK in known or age > _SETTLED_S:
+            if STARTING_MARK not in known and (ATTEMPT_MARK in known or age > _SETTLED_S):
                 self._marks[who] = known
         return known
 
 
-def _marks_in_environment(pid: int) -> Mapping[str, str]:
-    try:
-        data = Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return {}
+def _marks_of(pid: int) -> Mapping[str, str]:
+    """The command line first: who passes the gate between the two looks is found by the second."""
+    for _ in range(_LOOKS):
+        words, environment = _read(pid, "cmdline"), _read(pid, "environ")
+        if words or environment:
+            break
+        time.sleep(_LOOK_AGAIN_S)
+    found = _marks_in_environment(environment)
+    if raysetup.CONTEXT.encode() in words:
+        mark = _variables_to_be(words).get(ATTEMPT_MARK)
+        found |= {STARTING_MARK: mark} if mark else {}
+    return found
+
+
+def _marks_in_environment(data: bytes) -> dict[str, str]:
     if b"PERMED_" not in data:
         return {}
     pairs = (item.decode(errors="replace").partition("=") for item in data.split(b"\0") if item.startswith(b"PERMED_"))
     return {name: value for name, _, value in pairs if name in (ATTEMPT_MARK, SESSION_MARK)}
+
+
+def _variables_to_be(words: bytes) -> Mapping[str, str]:
+    """What a worker that Ray is starting will have in its environment."""
+    try:
+        context = raysetup.context_of(words.decode(errors="replace").split("\0"))
+    except ValueError:  # a command line that quotes Ray's
+        return {}
+    variables: Mapping[str, str] = context.get("env_vars") or {}
+    return variables
+
+
+def _read(pid: int, what: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{what}").read_bytes()
+    except OSError:
+        return b""
 
 
 def kill(processes: Iterable[Process]) -> None:
@@ -150,11 +184,11 @@ def kill_all(find: Callable[[], Collection[Process]], timeout_s: float = 5.0) ->
         time.sleep(0.02)
 
 
-def of_attempt(name: str, table: ProcessTable | None = None) -> dict[str, list[Process]]:
-    """The attempt's processes on this machine, by slot."""
+def of_attempt(name: str, table: ProcessTable | None = None, kind: str = ATTEMPT_MARK) -> dict[str, list[Process]]:
+    """The attempt's processes on this machine, by slot; or those at its gate (`STARTING_MARK`)."""
     table = table or ProcessTable().look()
     slots: dict[str, list[Process]] = {}
-    for pid, mark in table.marked(ATTEMPT_MARK).items():
+    for pid, mark in table.marked(kind).items():
         attempt, _, slot = mark.rpartition("/")
         if attempt == name:
             slots.setdefault(slot, []).append(table.processes[pid])
@@ -162,12 +196,16 @@ def of_attempt(name: str, table: ProcessTable | None = None) -> dict[str, list[P
 
 
 def kill_attempt(name: str, *, spare: Collection[int] = (), timeout_s: float = 5.0) -> bool:
-    """End every process of the attempt on this machine but `spare`. True once none is left."""
+    """End every process of the attempt on this machine but `spare`, and who stands at its gate. True once none is left.
+
+    Where its fence is up, none comes after that.
+    """
     table = ProcessTable()
 
     def left() -> list[Process]:
-        slots = of_attempt(name, table.look())
-        return [process for found in slots.values() for process in found if process.pid not in spare]
+        table.look()
+        slots = [*of_attempt(name, table).values(), *of_attempt(name, table, STARTING_MARK).values()]
+        return [process for found in slots for process in found if process.pid not in spare]
 
     return kill_all(left, timeout_s)
 

@@ -3,9 +3,10 @@
 Launching twice finds the first; an attempt goes on when the controller dies, and the next one finds it by name. Ray is
 started here, on loopback, when first needed (`raylocal`), or given by address; it is spoken to through `raybridge`.
 
-GONE is said only when Ray lists neither actor nor group and no process of the attempt is left on this machine, or when
-the local Ray itself is dead and everything that bore its mark has been ended. On a Ray that is given, processes that a
-job detached on other nodes are Ray's to end.
+GONE is said only when Ray lists neither actor nor member nor group and no process of the attempt is left on this
+machine, or when the local Ray itself is dead and everything that bore its mark has been ended. What a raylet starts
+after that ends at its gate (`raysetup`), where the attempt's fence is up. On a Ray that is given, processes that a job
+detached on other nodes are Ray's to end.
 """
 
 from __future__ import annotations
@@ -114,9 +115,11 @@ class RayExecutor:
     def liveness(self, attempt: Attempt) -> Liveness:
         try:
             known = self._known()
-            if attempt.name in known["actors"]:
+            if attempt.name in known["actors"] and not self._asked_of_nodes("stranded", attempt, name=attempt.name):
                 return Liveness.ALIVE
-            return Liveness.GONE if self._clear(attempt.name, known) else Liveness.UNKNOWN
+            # Where it ended with a node of which Ray does not know yet that it died, that is not all, nor why.
+            gone = self._clear(attempt.name, known) and not self._asked_of_nodes("unheard", attempt)
+            return Liveness.GONE if gone else Liveness.UNKNOWN
         except EngineError as error:
             log.info("%s: %s", attempt.name, error.message)
             return Liveness.UNKNOWN
@@ -144,7 +147,7 @@ class RayExecutor:
         except EngineError as error:
             log.warning("not swept: %s", error.message)
             return []
-        found = {*known["actors"], *known["groups"], *self._attempts_here()}
+        found = {*known["actors"], *known["groups"], *known["members"], *self._attempts_here()}
         return [name for name in sorted(found - kept) if name.startswith(_PREFIX) and self._end(name)]
 
     def facts(self) -> Mapping[str, Any]:
@@ -170,7 +173,7 @@ class RayExecutor:
     # ------------------------------------------------------------------------------------- attempts
 
     def _known(self) -> Mapping[str, list[str]]:
-        """Names of actors and groups that Ray has. A local Ray that is dead has none, once its rest is ended."""
+        """Attempts of which Ray has actor, group or members. A dead local Ray has none, once its rest is ended."""
         if self._local is not None:
             session = self._local.find()
             if session is not None:
@@ -179,7 +182,7 @@ class RayExecutor:
                 self._disconnect()
                 if not self._local.stop():
                     raise EngineError("The local Ray is dead, and some of its processes cannot be ended.")
-                return {"actors": [], "groups": []}
+                return {"actors": [], "groups": [], "members": []}
             self._connected(session.address)
         answer: Mapping[str, list[str]] = self._ask("names", _ASK_S)
         return answer
@@ -189,7 +192,7 @@ class RayExecutor:
             if not processes.kill_attempt(name):
                 return False
             known = self._known()
-            if name in known["actors"] or name in known["groups"]:
+            if _has(known, name):
                 self._ask("end", _LAUNCH_S, name=name)
             return self._clear(name, self._known())
         except EngineError as error:
@@ -197,12 +200,16 @@ class RayExecutor:
             return False
 
     def _clear(self, name: str, known: Mapping[str, list[str]]) -> bool:
-        """Free what an attempt without an actor has left. True once nothing is."""
-        if name in known["groups"]:
+        """Free what an attempt has left. True once nothing is."""
+        if _has(known, name):
             self._ask("end", _ASK_S, name=name)
             known = self._known()
-        gone = name not in known["actors"] and name not in known["groups"]
-        return processes.kill_attempt(name) and gone
+        return processes.kill_attempt(name) and not _has(known, name)
+
+    def _asked_of_nodes(self, call: str, attempt: Attempt, **arguments: Any) -> bool:
+        """Of the nodes that it is bound to; on a Ray of our own there is but one, and no binding."""
+        nodes = sorted({grant.node for grant in attempt.grants})
+        return self._local is None and bool(self._ask(call, _ASK_S, nodes=nodes, **arguments))
 
     def _attempts_here(self) -> set[str]:
         """Attempts of this home with a process on this machine."""
@@ -266,6 +273,10 @@ class RayExecutor:
             if bridge.silent_s > _GIVE_UP_S:
                 self._disconnect()
             raise
+
+
+def _has(known: Mapping[str, list[str]], name: str) -> bool:
+    return any(name in names for names in known.values())
 
 
 def _bundle(worker: Grant | Shape) -> dict[str, float]:

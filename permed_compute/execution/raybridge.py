@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import queue
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,12 @@ Row = dict[str, Any]
 
 NODE_LABEL = "permed-node"
 """`ray start --labels permed-node=gpu-07` calls the node so."""
+
+_CONNECT_S = 3.0
+_LAST_S = 0.5
+"""How long an attempt's actors may take to die with their group, and Ray to know it, before `end` returns."""
+_OVERDUE_S = 60.0
+"""By then a raylet has ended them, or is known to be dead itself."""
 
 
 class BridgeError(EngineError):
@@ -112,6 +119,8 @@ class _Speaker:
     def __init__(self, address: str, namespace: str) -> None:
         import ray
 
+        self._ending: dict[str, float] = {}
+        """Attempts whose group has been removed, and since when."""
         self.ray: Any = ray
         self.ray.init(
             address=address,
@@ -131,8 +140,7 @@ class _Speaker:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         from permed_compute.execution.port import Attempt
-        from permed_compute.execution.processes import ATTEMPT_MARK
-        from permed_compute.execution.raycrew import AttemptActor, hire_all
+        from permed_compute.execution.raycrew import AttemptActor, hire_all, variables
 
         if name in self._actors():
             return
@@ -151,25 +159,49 @@ class _Speaker:
         self.ray.remote(AttemptActor).options(
             name=name, lifetime="detached", get_if_exists=True, max_restarts=0, num_cpus=0, max_concurrency=4,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True),
-            runtime_env={"env_vars": {ATTEMPT_MARK: f"{name}/driver"}},
+            runtime_env={"env_vars": variables(name, AttemptPaths(Path(root)), "driver")},
         ).remote(root, engine)  # fmt: skip
 
     def names(self) -> Row:
-        """Attempts that have an actor, and those that have a group."""
+        """Attempts that have an actor, those that have a group, and those of which members are left."""
         table = self.ray.util.placement_group_table()
         groups = {row["name"] for row in table.values() if row["state"] != "REMOVED"}
-        return {"actors": self._actors(), "groups": sorted(name for name in groups if name and self._group(name))}
+        return {
+            "actors": self._actors(), "groups": sorted(name for name in groups if name and self._group(name)),
+            "members": sorted({name.partition("/")[0] for name in self._named() if "/" in name}),
+        }  # fmt: skip
 
     def end(self, name: str) -> None:
-        """Kill the actor and remove the group; what lives in the group dies with it."""
-        with contextlib.suppress(ValueError):
-            self.ray.kill(self.ray.get_actor(name))
+        """Remove the group: driver and members die with it, and Ray lists them until they have.
+
+        One that was killed by name would not be listed from that moment on, wherever its process is. So that is done
+        only with what has not begun, and may wait for a group that never was; and with what Ray, its head having been
+        away, holds for living long after its node has ended it.
+        """
         group = self._group(name)
         if group is not None:
             self.ray.util.remove_placement_group(group)
+        end = time.monotonic() + _LAST_S
+        while (left := self._named(name)) and time.monotonic() < end:
+            time.sleep(0.02)
+        since = self._ending.setdefault(name, end)
+        for actor in left:
+            if time.monotonic() - since > _OVERDUE_S or self._state(actor) != "ALIVE":
+                self._kill(actor)
+        if not left:
+            del self._ending[name]
 
     def nodes(self) -> list[Row]:
         return living(self.ray.nodes())
+
+    def stranded(self, name: str, nodes: list[str]) -> bool:
+        """Whether the attempt has not begun, and never will: one of the nodes that it is bound to is gone."""
+        return not {row["name"] for row in self.nodes()}.issuperset(nodes) and self._state(name) != "ALIVE"
+
+    def unheard(self, nodes: list[str]) -> bool:
+        """Whether one of these takes no connection though Ray has it among the living: soon it will know better."""
+        there = [row for row in self.nodes() if row["name"] in nodes]
+        return not all(holds(row["address"], row["port"], 0.0) for row in there)
 
     def want(self, bundles: list[Row], selectors: list[dict[str, str]]) -> None:
         """The cluster's autoscaler is to have room for these, used or not; the last call counts."""
@@ -182,13 +214,52 @@ class _Speaker:
 
     def _actors(self) -> list[str]:
         """Names of attempts, without their members'."""
-        return [name for name in self.ray.util.list_named_actors() if isinstance(name, str) and "/" not in name]
+        return [name for name in self._named() if "/" not in name]
+
+    def _named(self, attempt: str = "") -> list[str]:
+        """Names of actors: drivers have their attempt's, members `<attempt>/…`."""
+        names = [name for name in self.ray.util.list_named_actors() if isinstance(name, str)]
+        return [name for name in names if not attempt or name.partition("/")[0] == attempt]
+
+    def _kill(self, name: str) -> None:
+        with contextlib.suppress(ValueError):
+            self.ray.kill(self.ray.get_actor(name))
+
+    def _state(self, name: str) -> str:
+        """ALIVE from its constructor's end; '' where there is none of that name."""
+        from ray._private import state  # the public one asks a dashboard
+
+        try:
+            return str(state.actors(self.ray.get_actor(name)._actor_id.hex()).get("State", ""))
+        except ValueError:
+            return ""
 
     def _group(self, name: str) -> Any | None:
         try:
             return self.ray.util.get_placement_group(name)
         except ValueError:
             return None
+
+
+def holds(address: str, port: int, for_s: float) -> bool:
+    """Whether a node's daemon takes a connection, and keeps it for so long: one that is being ended takes it, too."""
+    try:
+        with socket.create_connection((address, port), timeout=_CONNECT_S) as held:
+            return not _closed_within(held, for_s)
+    except OSError:
+        return False
+
+
+def _closed_within(held: socket.socket, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        held.settimeout(left)
+        try:
+            if not held.recv(4096):
+                return True
+        except TimeoutError:
+            break
+    return False
 
 
 def living(nodes: list[Row]) -> list[Row]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from ray.util.placement_group import PlacementGroup, get_placement_group, remove
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from permed_compute.errors import EngineError, PermedError
-from permed_compute.execution import device, processes, raybridge
+from permed_compute.execution import device, processes, raybridge, raysetup
+from permed_compute.execution.context import check_fence
 from permed_compute.execution.cores import cores_file
 from permed_compute.execution.driver import drive
 from permed_compute.execution.gang import TERMINATION
@@ -34,7 +35,9 @@ from permed_compute.queue.port import wall_clock
 
 LOCAL_NODE = "local"
 _BEAT_S = 2.0
-_CONNECT_S = 3.0
+_DYING_S = 2.0
+"""A node dies within so long: its processes are not gone all at once."""
+_LOOK_AT_NODES_S = 5.0
 _ORPHANED_S = 60.0
 """A member ends itself when its attempt has shown no sign of life (one every 2 s) for so long."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -74,6 +77,7 @@ class MemberActor:
 
     def __init__(self, root: str, slot: int) -> None:
         paths = AttemptPaths(Path(root))
+        check_fence(paths)
         _speak_into(paths.log)
         processes.adopt_orphans()
         attempt = Attempt.read(paths)
@@ -106,12 +110,17 @@ class RayCrew:
         self.size = len(attempt.grants)
         self._attempt = attempt
         self._group = get_placement_group(attempt.name)
+        self._hires = itertools.count(1)
+        self._open: dict[Future[Row], int] = {}
+        self._closed = threading.Event()
         self._watchdog = Watchdog(
             attempt.name, [grant.memory for grant in attempt.grants], _cores(attempt.paths), self._driver_over
         )
         self._members = [self._hired(slot) for slot in range(self.size)]
         nodes = raybridge.living(ray.nodes())  # type: ignore[no-untyped-call]
         self._raylets = {row["name"]: (row["address"], row["port"]) for row in nodes}
+        if any(grant.node != LOCAL_NODE for grant in attempt.grants):
+            threading.Thread(target=self._watch_nodes, name="permed-nodes", daemon=True).start()
         here = attempt.grants[0].node  # the driver stands in the first bundle
         self._devices = {index for grant in attempt.grants if grant.node == here for index in grant.devices}
         self._elsewhere: dict[int, Row] = {slot: {} for slot, grant in enumerate(attempt.grants) if grant.node != here}
@@ -119,6 +128,8 @@ class RayCrew:
 
     def start(self, slot: int, call: str, row: Row) -> Future[Row]:
         outer: Future[Row] = Future()
+        self._open[outer] = slot
+        outer.add_done_callback(self._open.pop)
         inner: Future[Row] = self._members[slot].call.remote(call, row).future()
         inner.add_done_callback(lambda done: self._hand_over(slot, done, outer))
         return outer
@@ -147,6 +158,7 @@ class RayCrew:
             self._elsewhere[slot] = done.result()
 
     def close(self) -> None:
+        self._closed.set()
         self._watchdog.look()
         self._watchdog.stop()
         self._watchdog.end_all()  # first, while what they started is still below them
@@ -161,24 +173,39 @@ class RayCrew:
             return self._hire(slot)
 
     def _hire(self, slot: int) -> Any:
-        return hire(self._attempt, slot, self._group)
+        """Named, too: Ray is asked for members by name when the attempt is ended."""
+        name = f"{_member_name(self._attempt.name, slot)}-{next(self._hires)}"
+        return hire(self._attempt, slot, self._group, name=name)
+
+    def _watch_nodes(self) -> None:
+        """Of a member that had not begun when its node died, Ray says nothing: it looks for a place for ever."""
+        while not self._closed.wait(_LOOK_AT_NODES_S):
+            with contextlib.suppress(RayError):
+                there = {row["name"] for row in raybridge.living(ray.nodes())}  # type: ignore[no-untyped-call]
+                for outer, slot in list(self._open.items()):
+                    if self._attempt.grants[slot].node not in there:
+                        _fail(outer, _node_lost(slot))
 
     def _hand_over(self, slot: int, done: Future[Row], outer: Future[Row]) -> None:
         error = done.exception()
         if error is None:
-            outer.set_result(done.result())
+            with contextlib.suppress(InvalidStateError):
+                outer.set_result(done.result())
         elif isinstance(error, RayTaskError):
             cause = error.cause
             known = isinstance(cause, PermedError)
-            outer.set_exception(cause if known else EngineError(f"Worker {slot}: {type(cause).__name__}."))
-        else:
-            outer.set_exception(self._watchdog.reason(slot) or self._loss(slot, error))
+            _fail(outer, cause if known else EngineError(f"Worker {slot}: {type(cause).__name__}."))
+        else:  # which takes seconds, and this thread is Ray's
+            threading.Thread(target=self._tell_loss, args=(slot, error, outer), name="permed-loss", daemon=True).start()
+
+    def _tell_loss(self, slot: int, error: BaseException, outer: Future[Row]) -> None:
+        _fail(outer, self._watchdog.reason(slot) or self._loss(slot, error))
 
     def _loss(self, slot: int, error: BaseException) -> WorkerLost:
         """Of a node that has died Ray knows after seconds, and says at first that its process has."""
         lost = _loss(slot, error)
         raylet = self._raylets.get(self._attempt.grants[slot].node)
-        if lost.code == "worker-lost" and raylet is not None and not _answers(*raylet):
+        if lost.code == "worker-lost" and raylet is not None and not raybridge.holds(*raylet, _DYING_S):
             return _node_lost(slot)
         return lost
 
@@ -195,19 +222,24 @@ def hire_all(attempt: Attempt, group: PlacementGroup) -> None:
         hire(attempt, slot, group, name=_member_name(attempt.name, slot), lifetime="detached", get_if_exists=True)
 
 
+def variables(name: str, paths: AttemptPaths, slot: str) -> dict[str, str]:
+    """What every process of the attempt bears: whose it is, and the fence that it has to pass (`raysetup`)."""
+    return {ATTEMPT_MARK: f"{name}/{slot}", raysetup.FENCE: f"{paths.number} {paths.job.fence}"}
+
+
 def hire(attempt: Attempt, slot: int, group: PlacementGroup, **options: Any) -> Any:
     """A member in that slot's bundle. One that is named outlives who hired it, and goes with the attempt's group."""
     grant = attempt.grants[slot]
     threads = str(max(1, grant.cpu_milli // 1000))
-    variables = {ATTEMPT_MARK: f"{attempt.name}/{slot}"} | dict.fromkeys(_THREAD_VARIABLES, threads)
+    environment = variables(attempt.name, attempt.paths, str(slot)) | dict.fromkeys(_THREAD_VARIABLES, threads)
     if grant.flavor == "cpu":
-        variables["CUDA_VISIBLE_DEVICES"] = ""
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     elif grant.node == LOCAL_NODE:
-        variables["CUDA_VISIBLE_DEVICES"] = device.visible(grant.devices)
+        environment["CUDA_VISIBLE_DEVICES"] = device.visible(grant.devices)
     where = PlacementGroupSchedulingStrategy(group, slot, placement_group_capture_child_tasks=True)
     # On no CPU of its bundle: those are for what it starts in Ray, e.g. by Dask, which would else wait for ever.
     actor = ray.remote(MemberActor).options(
-        num_cpus=0, max_restarts=0, max_concurrency=3, scheduling_strategy=where, runtime_env={"env_vars": variables},
+        num_cpus=0, max_restarts=0, max_concurrency=3, scheduling_strategy=where, runtime_env={"env_vars": environment},
         **options,
     )  # fmt: skip
     return actor.remote(str(attempt.paths.root), slot)
@@ -227,6 +259,12 @@ def _end_when_orphaned(root: Path) -> None:
     os._exit(1)
 
 
+def _fail(outer: Future[Row], error: BaseException) -> None:
+    """Unless somebody else has said what became of it."""
+    with contextlib.suppress(InvalidStateError):
+        outer.set_exception(error)
+
+
 def _loss(slot: int, error: BaseException) -> WorkerLost:
     words = str(error)
     if "node has died" in words or "node was terminated" in words or type(error).__name__ == "NodeDiedError":
@@ -240,15 +278,6 @@ def _loss(slot: int, error: BaseException) -> WorkerLost:
 
 def _node_lost(slot: int) -> WorkerLost:
     return WorkerLost(f"The node of worker {slot} is gone.", code="node-lost")
-
-
-def _answers(address: str, port: int) -> bool:
-    """Whether a node's daemon takes connections."""
-    try:
-        socket.create_connection((address, port), timeout=_CONNECT_S).close()
-    except OSError:
-        return False
-    return True
 
 
 def _cores(paths: AttemptPaths) -> Sequence[int]:

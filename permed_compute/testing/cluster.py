@@ -90,6 +90,7 @@ class RayCluster:
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_prestart_worker_first_driver": "0",
             "RAY_enable_worker_prestart": "0", "DASHBOARD_METRIC_PORT": "-1",
             "RAY_START_HOOK": f"{__name__}.{name_sockets.__name__}",
+            "RAY_worker_maximum_startup_concurrency": "64", "RAY_worker_register_timeout_seconds": "30",
             # A dead node is known to be dead after seconds, a busy machine's is not taken for one.
             "RAY_health_check_initial_delay_ms": "10000", "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "4",

@@ -16,7 +16,7 @@ from permed_compute.queue.memory import MemoryQueue
 from permed_compute.queue.port import Job, wall_clock
 from permed_compute.service import Caller, JobService
 from permed_compute.settings import Settings
-from permed_compute.states import JobState
+from permed_compute.states import LIVE, JobState
 from permed_compute.testing.engine import FakeEngine
 from permed_compute.testing.faults import Faults
 from permed_compute.testing.storm import NODES, a_job
@@ -95,6 +95,22 @@ def test_a_job_whose_folder_cannot_be_written_keeps_no_other_waiting(calm: Calm)
     blocked.unlink()
     calm.later(6)
     assert calm.state(first) is JobState.RUNNING
+
+
+def test_what_cannot_be_fenced_off_has_not_ended(calm: Calm) -> None:
+    """A full disk: something of it may start late, and would not know."""
+    job = calm.submit()
+    calm.later(6)
+    fence = calm.home.job(job.id).fence
+    assert calm.state(job) is JobState.RUNNING
+    fence.unlink()
+    fence.mkdir()
+    calm.engine.die()
+    calm.later(20)
+    assert calm.state(job) in LIVE and calm.queue.job(job.id).attempt == 1
+    fence.rmdir()
+    calm.later(20)
+    assert calm.queue.job(job.id).attempt == 2
 
 
 def test_only_what_waits_can_be_held_and_it_keeps_nothing(calm: Calm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from permed_compute.execution import processes
-from permed_compute.execution.processes import ATTEMPT_MARK, ProcessTable
+from permed_compute.execution.processes import ATTEMPT_MARK, STARTING_MARK, ProcessTable
 from permed_compute.testing.execution import wait_for
 
 NAME = f"permed-test-{os.getpid()}-0001"
@@ -50,6 +51,20 @@ def test_one_without_environment_is_found_below_its_parent(marked: dict[str, str
     wait_for(lambda: len(pids()) == 2, "parent and child")
     assert processes.kill_attempt(NAME)
     child.communicate()
+
+
+def test_one_that_stands_at_the_gate_is_none_of_the_attempts_yet_and_is_ended() -> None:
+    words = "--serialized-runtime-env-context=" + json.dumps({"env_vars": {ATTEMPT_MARK: f"{NAME}/3"}})
+    torn = subprocess.Popen([*SLEEP, words[:-3]])
+    child = subprocess.Popen([*SLEEP, words])
+    table = ProcessTable()
+    wait_for(lambda: processes.of_attempt(NAME, table.look(), STARTING_MARK).get("3"), "the starting process")
+    assert processes.of_attempt(NAME, table) == {}
+    assert processes.kill_attempt(NAME)
+    assert child.wait() == -9
+    assert torn.poll() is None
+    torn.kill()
+    torn.wait()
 
 
 def test_other_attempts_are_not_touched(marked: dict[str, str]) -> None:

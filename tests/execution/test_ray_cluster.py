@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from permed_compute.admission.policy import Policy
+from permed_compute.execution import records
 from permed_compute.execution.controller import Controller, ended
 from permed_compute.execution.ray import RayExecutor
 from permed_compute.paths import HomePaths, read_json
@@ -80,6 +81,11 @@ class Site:
     def values(self, job: Job) -> dict[str, Any]:
         return dict((read_json(self.home.job(job.id).results / "result.json") or {})["values"])
 
+    def parts(self, job: Job) -> list[Any]:
+        """Those that its attempt has finished."""
+        rows = records.read(self.home.job(job.id).attempt(max(1, job.attempt)).records())[0]
+        return [row for row in rows if row["kind"] == "part"]
+
     def has_checkpoint(self, job: Job) -> bool:
         return job.state is JobState.RUNNING and bool(checkpoints.names(self.home.job(job.id).state))
 
@@ -118,6 +124,40 @@ def test_a_gang_spans_two_nodes_one_dies_and_the_job_ends_right(site: Site, clus
     job = site.work(job)
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2), (job, site.log(job))
     assert site.values(job) == site.values(whole)  # bit by bit
+    for node in (first, third):
+        node.kill()
+
+
+def test_a_map_whose_worker_dies_with_its_node_goes_on_elsewhere(site: Site, cluster: RayCluster) -> None:
+    first, second = cluster.add(2, cpus=1)
+    settle(site, [first, second])
+    params = {"count": 30, "seconds": 0.4}
+    job = site.submit(workload="toys:squares", params=params, retries=0)
+    job = site.work(job, lambda now: len(site.parts(now)) > 3)
+    [other] = [node for node in (first, second) if node.name == nodes_of(job)[1]]  # the driver stands on the first
+    other.kill()
+    [third] = cluster.add(1, cpus=1)
+    job = site.work(job)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2), (job, site.log(job))
+    assert site.values(job) == {"total": sum(n * n for n in range(30))}
+    assert "node-lost" in [event.reason for event in site.queue.events(job_id=job.id)]
+    for node in {first, second, third} - {other}:
+        node.kill()
+
+
+@pytest.mark.parametrize("after_s", [0.0, 1.0, 2.0])
+def test_a_node_that_dies_while_an_attempt_begins_on_it(site: Site, cluster: RayCluster, after_s: float) -> None:
+    """Ray would look for another place for what is bound to it, for ever."""
+    first, second = cluster.add(2, cpus=1)
+    settle(site, [first, second])
+    job = site.submit(retries=0)
+    job = site.work(job, lambda now: now.state is JobState.LAUNCHING)
+    end = time.monotonic() + after_s
+    job = site.work(job, lambda _: time.monotonic() >= end)
+    second.kill()
+    [third] = cluster.add(1, cpus=1)
+    job = site.work(job)
+    assert job.state is JobState.SUCCEEDED and job.attempt > 1, (job, site.log(job))
     for node in (first, third):
         node.kill()
 

@@ -17,7 +17,9 @@ import pytest
 from permed_compute.admission.snapshot import Node
 from permed_compute.errors import EngineError
 from permed_compute.execution import processes, raykeeper
+from permed_compute.execution.context import raise_fence
 from permed_compute.execution.port import Attempt, Liveness
+from permed_compute.execution.processes import ProcessTable
 from permed_compute.execution.ray import RayExecutor
 from permed_compute.execution.raylocal import LocalRay, Session
 from permed_compute.paths import HomePaths
@@ -225,6 +227,41 @@ def test_sweep_ends_what_nobody_wants(ray_executor: RayExecutor, ray_toys: Toys)
     assert ray_executor.liveness(other) is Liveness.GONE
     assert ray_executor.liveness(wanted) is Liveness.ALIVE
     assert ray_executor.end(wanted)
+
+
+# ------------------------------------------------------------------------------------------- started late
+
+
+def environment_agent(executor: RayExecutor) -> list[int]:
+    names = {process.pid: psutil.Process(process.pid).cmdline()[:1] for process in local(executor).processes()}
+    return [pid for pid, name in names.items() if name == ["ray::RuntimeEnvAgent"]]
+
+
+def test_a_worker_that_ray_starts_after_the_attempt_has_ended_ends_at_the_gate(
+    ray_executor: RayExecutor, ray_toys: Toys
+) -> None:
+    """A raylet asks its agent for each worker's environment, and starts the worker with the answer, whoever has given
+    it up meanwhile."""
+    ray_executor.start()
+    wait_for(lambda: environment_agent(ray_executor), "the node's agent")
+    [agent] = environment_agent(ray_executor)
+    attempt = ray_toys.attempt("squares", workers=2, count=PARTS)
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        ray_executor.launch(attempt)
+        time.sleep(1.0)
+        raise_fence(attempt.paths.job.attempt(attempt.number + 1))
+        wait_for(lambda: ray_executor.end(attempt), "the confirmed end")
+    finally:
+        os.kill(agent, signal.SIGCONT)
+    table, seen, gate, end = ProcessTable(), set[int](), set[int](), time.monotonic() + 6
+    while time.monotonic() < end:
+        seen |= {each.pid for found in processes.of_attempt(attempt.name, table.look()).values() for each in found}
+        found = processes.of_attempt(attempt.name, table, processes.STARTING_MARK)
+        gate |= {each.pid for slot in found.values() for each in slot}
+        time.sleep(0.002)
+    assert seen == set()
+    assert gate  # they did come
 
 
 # ------------------------------------------------------------------------------------------- kill -9

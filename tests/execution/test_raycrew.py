@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +15,9 @@ import pytest
 
 pytest.importorskip("ray", reason="ray is not installed")
 
-from permed_compute.execution import raybridge
+from permed_compute.execution import raybridge, raycrew
 from permed_compute.execution.raycrew import RayCrew
+from permed_compute.execution.worker import WorkerLost
 
 
 def crew(port: int) -> RayCrew:
@@ -23,13 +27,48 @@ def crew(port: int) -> RayCrew:
     return made
 
 
-def test_a_process_that_dies_with_its_nodes_daemon_was_lost_with_the_node() -> None:
+def test_a_process_that_dies_with_its_nodes_daemon_was_lost_with_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raycrew, "_DYING_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as daemon:
         port = daemon.getsockname()[1]
         assert crew(port)._loss(0, RuntimeError("the actor died")).code == "worker-lost"
     lost = crew(port)._loss(0, RuntimeError("the actor died"))
     assert (lost.code, lost.message) == ("node-lost", "The node of worker 0 is gone.")
     assert crew(port)._loss(1, RuntimeError("the actor died")).code == "worker-lost"  # of a node that nobody knows
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_daemon_that_dies_after_its_workers_still_takes_connections(taken: bool) -> None:
+    daemon = socket.create_server(("127.0.0.1", 0))
+    told: list[str] = []
+    asking = threading.Thread(
+        target=lambda: told.append(crew(daemon.getsockname()[1])._loss(0, RuntimeError("the actor died")).code)
+    )
+    asking.start()
+    if taken:
+        connection, _ = daemon.accept()
+        connection.sendall(b"settings")
+        connection.close()
+    else:
+        assert select.select([daemon], [], [], 10.0)[0]
+    daemon.close()
+    asking.join()
+    assert told == ["node-lost"]
+
+
+def test_what_never_began_on_a_node_that_is_gone_is_lost_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = crew(1)
+    there, gone = Future[Any](), Future[Any]()
+    made._open, made._closed = {gone: 0, there: 1}, threading.Event()
+    monkeypatch.setattr(raycrew, "_LOOK_AT_NODES_S", 0.01)
+    monkeypatch.setattr(raycrew.ray, "nodes", lambda: [node("a" * 20, "10.0.0.1", **{"permed-node": "local"})])
+    watching = threading.Thread(target=made._watch_nodes)
+    watching.start()
+    error = gone.exception(timeout=30)
+    assert isinstance(error, WorkerLost) and error.code == "node-lost"
+    made._closed.set()
+    watching.join()
+    assert not there.done()
 
 
 def test_what_ray_says_itself_comes_first() -> None:

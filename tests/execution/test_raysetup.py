@@ -1,4 +1,5 @@
-"""Our quick way to start a Ray worker sets the same variables, and hands what it does not know to Ray's own script."""
+"""Our quick way to start a Ray worker sets the same variables, hands what it does not know to Ray's own script, and
+starts none for an attempt that has been given up."""
 
 from __future__ import annotations
 
@@ -21,10 +22,13 @@ def worker(tmp_path: Path) -> Path:
     return tmp_path / "default_worker.py"
 
 
-def start(worker: Path, context: dict[str, object], language: str = "PYTHON") -> tuple[str | None, list[str], str]:
+def command(worker: Path, context: dict[str, object], language: str) -> list[str]:
     words = [f"--serialized-runtime-env-context={json.dumps(context)}", f"--language={language}"]
-    command = [sys.executable, raysetup.__file__, str(worker), "--node-id=7", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [sys.executable, raysetup.__file__, str(worker), "--node-id=7", *words]
+
+
+def start(worker: Path, context: dict[str, object], language: str = "PYTHON") -> tuple[str | None, list[str], str]:
+    done = subprocess.run(command(worker, context, language), capture_output=True, text=True, check=True)
     variable, arguments, file = json.loads(done.stdout)
     return variable, arguments, Path(file).name
 
@@ -49,3 +53,19 @@ def test_the_rest_is_left_to_ray(worker: Path, context: dict[str, object], langu
     assert variable is None
     assert f"--language={language}" in arguments
     assert str(worker) in arguments
+
+
+@pytest.mark.parametrize("more", [{}, {"py_executable": "/another/python"}])
+def test_for_an_attempt_that_was_given_up_nothing_is_started(
+    worker: Path, tmp_path: Path, more: dict[str, str]
+) -> None:
+    fence = tmp_path / "a folder" / "fence"
+    fence.parent.mkdir()
+    context = {"env_vars": {raysetup.FENCE: f"3 {fence}"}, **more}
+    assert start(worker, context)[2]  # no fence yet
+    for number in ("3", "2"):
+        fence.write_text(number)
+        assert start(worker, context)[2]
+    fence.write_text("4")
+    done = subprocess.run(command(worker, context, "PYTHON"), capture_output=True, text=True, check=True)
+    assert done.stdout == ""
