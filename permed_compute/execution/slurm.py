@@ -238,6 +238,12 @@ class SlurmExecutor:
         if job.state == "RUNNING":
             starting = not records.last_sign(attempt.paths.root)
             return Word("slurm-starting", f"{_standing(job)}; its Ray is starting.") if starting else None
+        if job.state == "STAGE_OUT" and job.reason.startswith("burst_buffer/"):
+            return Word(
+                "slurm-stage-out-failed", f"It has ended, with its results in this home; the site's scheduler could not"
+                f" copy its files out ({job.reason}), and keeps job {job.number} until somebody ends that.",
+                f"Copy them by hand; then: scontrol requeue {job.number} && scancel {job.number}",
+            )  # fmt: skip
         if job.state != "PENDING":
             return Word("slurm-" + job.state.lower().replace("_", "-"), f"{_standing(job)}.")
         why, change = in_words(job.reason)

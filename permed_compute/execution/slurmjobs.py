@@ -196,6 +196,8 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     ("Reservation", "it waits for its reservation", "It starts when that begins."),
     ("NodeDown", "a node that it needs is down", "It starts when that is back."),
     ("BeginTime", "Slurm lets a requeued job rest for a moment", "Nothing: it goes on from its checkpoint."),
+    ("burst_buffer/", "the site's scheduler could not copy its files in, and holds it",
+     "Mend what it says; then `permed cancel`, and submit it anew."),
     ("BurstBufferStageIn", "its files are being copied to the cluster", "It starts when they are there."),
     ("BurstBuffer", "the burst buffer has no room for its files yet", "It starts when there is room."),
     ("Dependency", "it waits for another job in Slurm", "It starts when that has ended."),

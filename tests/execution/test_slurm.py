@@ -15,6 +15,7 @@ from permed_compute.errors import EngineError
 from permed_compute.execution.allocation import place
 from permed_compute.execution.port import Attempt, Liveness
 from permed_compute.execution.slurm import SlurmExecutor, claim_file, ticket_file
+from permed_compute.execution.slurmjobs import SlurmJob
 from permed_compute.paths import HomePaths, read_json, write_json
 from permed_compute.settings import Settings
 from permed_compute.testing.execution import Toys, wait_for
@@ -168,6 +169,19 @@ def test_a_cancelled_jobs_end_is_told(slurm: SlurmCluster, executor: SlurmExecut
     slurm.run("scancel", (read_json(ticket_file(attempt.paths)) or {})["job"])
     wait_for(lambda: executor.liveness(attempt) is Liveness.GONE, "its end")
     assert executor.how_lost(attempt) == "cancelled-in-slurm"
+
+
+def test_files_that_could_not_be_copied_out_are_told_of(
+    executor: SlurmExecutor, toys: Toys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/sites/test_staging.py has real Slurm say it."""
+    attempt = toys.attempt("squares", count=1)
+    write_json(ticket_file(attempt.paths), {"job": "7", "at": 0, "site": "loopback"})
+    stuck = SlurmJob("7", attempt.name, "STAGE_OUT", "burst_buffer/lua: slurm_bb_data_out: no room", 0, "main")
+    monkeypatch.setattr(executor.slurm, "jobs", lambda: (stuck,))
+    word = executor.says(attempt)
+    assert word is not None and word.code == "slurm-stage-out-failed" and "no room" in word.sentence
+    assert word.change.endswith("scontrol requeue 7 && scancel 7")
 
 
 # ------------------------------------------------------------------------------------- arrays
