@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from permed_compute.errors import RefusedInput
 from permed_compute.learning.evidence import Evidence, digest_of
 from permed_compute.paths import replacing, write_json
 from permed_compute.spec import JobSpec
@@ -95,17 +94,24 @@ def load(part: Part, ctx: Context) -> Bag:
         return Bag(part, slides, tuple(cohort.tiles_of(slide, kind) for slide in slides))
 
 
-def run(bag: Bag, model: tuple[Described, Any], ctx: Context) -> PartResult:
+@dataclass(frozen=True)
+class Answered:
+    """said: of patient and slides, JSON. heats: of each slide."""
+
+    bag: Bag
+    said: Mapping[str, Any]
+    heats: tuple[Heat, ...]
+
+
+def run(bag: Bag, model: tuple[Described, Any], ctx: Context) -> Answered:
     """The patient's answer by all tiles together; each slide's by its own; attention within the patient."""
     described, network = model
     with ctx.stage("predict"):
         logits, attention = _answer(network, [tiles.values for tiles in bag.tiles], ctx.device)
         alone = [logits] if len(bag.tiles) == 1 else [_answer(network, [t.values], ctx.device)[0] for t in bag.tiles]
     ends = np.cumsum([len(tiles.values) for tiles in bag.tiles])
-    relative = np.split(attention * ends[-1], ends[:-1])
-    heats = [
-        Heat(tiles.coords, own.astype(np.float32), tiles.facts) for tiles, own in zip(bag.tiles, relative, strict=True)
-    ]  # fmt: skip
+    relative = np.split((attention * ends[-1]).astype(np.float32), ends[:-1])
+    heats = tuple(Heat(tiles.coords, own, tiles.facts) for tiles, own in zip(bag.tiles, relative, strict=True))
     said = {
         "patient": bag.part.name, "logits": [float(value) for value in logits], **_told(described, logits),
         "slides": {
@@ -113,10 +119,15 @@ def run(bag: Bag, model: tuple[Described, Any], ctx: Context) -> PartResult:
             for slide, tiles, own in zip(bag.slides, bag.tiles, alone, strict=True)
         },
     }  # fmt: skip
-    write_json(ctx.out / PREDICTION, said)
+    return Answered(bag, said, heats)
+
+
+def finish(done: Answered, ctx: Context) -> PartResult:
+    """Write what was said and where it looked."""
+    write_json(ctx.out / PREDICTION, dict(done.said))
     with ctx.stage("draw"):
-        _draw(bag, heats, ctx)
-    return PartResult(said)
+        _draw(done.bag, done.heats, ctx)
+    return PartResult(done.said)
 
 
 def _answer(network: Any, values: Sequence[np.ndarray], device: str) -> tuple[np.ndarray, np.ndarray]:
@@ -189,9 +200,7 @@ def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) 
     side = [everybody[item.part.name] for item in known]
     logits = np.array([item.values["logits"] for item in known], np.float32)
     figures = _figures(described, side, logits, ctx)
-    failures = [
-        (name, _reason(everybody[name], described)) for name in sorted({*everybody} - {i.part.name for i in done})
-    ]
+    failures = sorted(ctx.missed.items())
     if figures:
         unscored = sum(_has_outcome(everybody[name], described) for name, _ in failures)
         _evidence(described, known, everybody, figures, unscored).write(ctx.out)
@@ -231,15 +240,6 @@ def _evidence(
     truth = [f"{sorted(everybody[i.part.name].outcome.items())} {' '.join(i.part.inputs)}" for i in known]
     files = tuple(hashlib.sha256((item.folder / PREDICTION).read_bytes()).hexdigest() for item in known)
     return Evidence(digest_of(truth), len(known), len(known), unscored, {described.name: files}, figures)
-
-
-def _reason(patient: Patient, described: Described) -> str:
-    for slide in patient.slides:
-        try:
-            cohort.tiles_of(slide, described.kind)
-        except RefusedInput as error:
-            return f"{error.finding.code}: {error.finding.sentence} ({slide.name})"
-    return "See the job's page."
 
 
 def _tables(done: Sequence[DonePart], out: Path) -> None:
@@ -311,5 +311,6 @@ def model_digest(spec: JobSpec, ctx: Context) -> str:
 
 
 WORKLOAD = Map(
-    plan=plan, model=load_model, load=load, run=run, reduce=reduce, model_digest=model_digest, version=VERSION
-)
+    plan=plan, model=load_model, load=load, run=run, finish=finish, reduce=reduce, model_digest=model_digest,
+    version=VERSION,
+)  # fmt: skip
