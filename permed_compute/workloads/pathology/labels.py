@@ -139,15 +139,16 @@ def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
-def smallest(folder: Path, name: str, longest: int) -> tuple[np.ndarray, int]:
-    """A label image as (h, w) at its last level, thinned to at most `longest` pixels; and its step at level 0."""
+def thinned(folder: Path, name: str, longest: int) -> tuple[np.ndarray, int]:
+    """A label image as (h, w), every n-th pixel of level 0, at most `longest` wide or high; and that n."""
     import zarr
 
     group: Any = zarr.open_group(folder / "labels" / name, mode="r")
-    last = len(group.attrs["ome"]["multiscales"][0]["datasets"]) - 1
-    level = np.asarray(group[str(last)][:])
-    step = max(1, -(-max(level.shape) // longest))
-    return level[::step, ::step], step * 2**last
+    arrays = [group[each["path"]] for each in group.attrs["ome"]["multiscales"][0]["datasets"]]
+    level = next((k for k, array in enumerate(arrays) if max(array.shape) <= 4 * longest), len(arrays) - 1)
+    labels = np.asarray(arrays[level][:])
+    step = max(1, -(-max(labels.shape) // longest))
+    return labels[::step, ::step], step * 2**level
 
 
 def places(folder: Path, name: str) -> Iterator[tuple[int, int]]:

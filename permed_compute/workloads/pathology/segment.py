@@ -283,12 +283,12 @@ def _picture(reader: Reader, frame: Any, out: Path) -> bytes:
     """The slide with its labels over it, at most 640 pixels wide or high."""
     from permed_compute.workloads.pathology import jpeg, labels
 
-    level, step = labels.smallest(out, frame.name, 640)
+    level, step = labels.thinned(out, frame.name, 640)
     height, width = level.shape
     pixels = reader.read(frame.mpp * step, 0, 0, (width, height)).astype(np.float32)
     shown = level if len(frame.classes) > 1 else (level > 0).astype(np.uint8)
     for item in frame.classes:
-        pixels[shown == item.value] = 0.5 * pixels[shown == item.value] + 0.5 * np.array(item.colour)
+        pixels[shown == item.value] = 0.3 * pixels[shown == item.value] + 0.7 * np.array(item.colour)
     return jpeg.encode(np.ascontiguousarray(pixels.astype(np.uint8)), 85)
 
 

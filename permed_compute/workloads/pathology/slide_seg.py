@@ -29,6 +29,8 @@ from permed_compute.workloads.pathology.merge import Frame
 from permed_compute.workloads.pathology.segmenters import Recipe
 
 MOST_PIXELS = 256 << 20
+_NOMINAL_MM = 0.001
+"""Thickness of a plane where the slide says 0, which the standard does not allow: about a depth of focus."""
 _CODES = {"Nucleus": ("84640000", "SCT", "Nucleus")}
 _CATEGORY = ("91723000", "SCT", "Anatomical structure")
 
@@ -88,8 +90,16 @@ def write(
     copy_patient_and_study(seg, header)
     settle(seg, header)
     settle_dimensions(seg, derived_uid("slide-seg-dimensions", *key))
+    _complete(seg)
     seg.save_as(out / name, enforce_file_format=True)
     return findings
+
+
+def _complete(seg: Any) -> None:
+    """What the standard asks for and the library takes over as the source has it, which may be not at all."""
+    seg.PatientOrientation = None
+    if "ContainerIdentifier" in seg and "IssuerOfTheContainerIdentifierSequence" not in seg:
+        seg.IssuerOfTheContainerIdentifierSequence = []
 
 
 def _with_origin(header: Any, source: str) -> list[Finding]:
@@ -119,7 +129,7 @@ def _without_patient(header: Any) -> Any:
 def _thickness(header: Any) -> float:
     shared = header.get("SharedFunctionalGroupsSequence")
     measures = shared[0].get("PixelMeasuresSequence") if shared else None
-    return float(measures[0].get("SliceThickness") or 0) if measures else 0.0
+    return float((measures[0].get("SliceThickness") if measures else 0) or _NOMINAL_MM)
 
 
 def _positions(header: Any, found: list[tuple[int, int]], spacing: float) -> Iterator[Any]:
