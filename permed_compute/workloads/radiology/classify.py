@@ -48,10 +48,7 @@ if TYPE_CHECKING:
 VERSION = "1"
 _SURE = 1e-6
 """Probabilities are kept this far from 0 and 1 in the log loss."""
-_DENSENET = {
-    "_target_": "DenseNet", "init_features": 16, "growth_rate": 8, "block_config": [2, 2, 2],
-    "norm": ["group", {"num_groups": 4}],
-}  # fmt: skip
+_DENSENET = {"_target_": "DenseNet", "init_features": 16, "growth_rate": 8, "block_config": [2, 2, 2]}
 _TOLD = ("batch", "epochs", "patience", "learning_rate", "precision", "view")
 """Params that the card names."""
 
