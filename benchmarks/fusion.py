@@ -90,7 +90,7 @@ def _plain(people: int, epochs: int) -> float:
 
     net, how = _made()
     columns, loss = _columns(people), loss_of(COX)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (people // 512))
     net.train()
     begun, steps = time.perf_counter(), 0

@@ -39,7 +39,7 @@ class How:
     width: int = 16
     epochs: int = 60
     batch: int = 512
-    learning_rate: float = 0.003
+    learning_rate: float = 0.01
     weight_decay: float = 0.1
     dropout: float = 0.3
     modality_dropout: float = 0.3
@@ -161,8 +161,8 @@ def learn(cohort: Cohort, rows: np.ndarray, names: Sequence[str], how: How, seed
         how.modality_dropout,
     )  # fmt: skip
     net = Fusion(shape, derive(seed, "network"), ctx.device)
-    columns = torch.from_numpy(projected(projections, names, values)), torch.from_numpy(mask)
-    samples = InMemory((*columns, *_targets(cohort, rows, bins)), min(how.batch, len(rows)), derive(seed, "training"))
+    inputs = torch.from_numpy(projected(projections, names, values)), torch.from_numpy(mask)
+    samples = InMemory((*inputs, *_targets(cohort, rows, bins)), min(how.batch, len(rows)), derive(seed, "training"))
     done = fit(recipe_of(net, samples, how), pace_of(how, samples), alone(ctx, samples.seed))
     if done is None:
         raise WorkloadError("The training was stopped.", remedy="`permed resume` trains this part again.")
@@ -173,7 +173,7 @@ def learn(cohort: Cohort, rows: np.ndarray, names: Sequence[str], how: How, seed
 
 def recipe_of(net: Fusion, samples: InMemory, how: How) -> Recipe:
     """What is trained: AdamW, its rate falling to nothing over the epochs; all samples lie in memory."""
-    optimizer = torch.optim.AdamW(net.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.epochs * (len(samples) // samples.batch))
     return Recipe(net, samples, loss_of(how.head), optimizer, scheduler, feed=samples.batches)
 

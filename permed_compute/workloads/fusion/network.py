@@ -87,6 +87,10 @@ class Shape:
     absent: float = 0.0
 
 
+_QUICK = 5.0
+"""Times as fast as other weights learns what a modality weighs for everybody: there is one number of each."""
+
+
 class Fusion(nn.Module):
     """x: (people, sum of sizes) float32, mask: (people, modalities) bool, at least one True in each row."""
 
@@ -98,6 +102,7 @@ class Fusion(nn.Module):
         self.mixers = nn.ModuleList(nn.Linear(shape.width, shape.width) for _ in shape.sizes)
         self.query = nn.Linear(shape.width, shape.width)
         self.score = nn.Linear(shape.width, 1, bias=False)
+        self.prior = nn.Parameter(torch.zeros(len(shape.sizes)))
         self.head = nn.Linear(shape.width, shape.outputs)
         self._draw_weights(seed)
         self.to(device)
@@ -118,9 +123,9 @@ class Fusion(nn.Module):
         """Beside it (people, modalities): how much each modality counted; a row sums to 1."""
         if self.training:
             mask = self._taken_away(mask)
-        parts = x.split(self.shape.sizes, dim=1)
+        parts = torch.split(x, list(self.shape.sizes), dim=1)
         tokens = torch.stack([self._encoded(k, part) for k, part in enumerate(parts)], dim=1)
-        scores = self.score(torch.tanh(self.query(tokens)))[..., 0]
+        scores = self.score(torch.tanh(self.query(tokens)))[..., 0] + _QUICK * self.prior
         weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=1)
         return self.head((weights[..., None] * tokens).sum(dim=1)), weights
 

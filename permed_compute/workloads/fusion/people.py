@@ -208,7 +208,9 @@ def cohort(
     gone = withdrawn(spec, ctx)
     outcome = [tables.numbers(rows, [name], names)[:, 0] for name in (asked.time, asked.event) if name]
     label = tables.texts(rows, asked.label) if asked.label else []
-    known = np.isfinite(outcome).all(axis=0) if outcome else np.array([bool(text) for text in label])
+    known = np.array([bool(text) for text in label], bool)
+    if outcome:
+        known = np.isfinite(np.stack(outcome)).all(axis=0)
     stays = [row for row in np.argsort(names) if known[row] and names[row] not in gone]
     family = tables.texts(rows, asked.family) if asked.family else [""] * len(rows)
     own = [f"family {ctx.pseudonym(family[row])}" if family[row] else names[row] for row in stays]
@@ -218,7 +220,7 @@ def cohort(
     if outcome:
         time, event = outcome[0][stays].astype(float), outcome[1][stays]
         _check_rows(time, event, stays, people)
-        outcomes = checked_outcomes(time, event)
+        outcomes = checked_outcomes(time.tolist(), event.tolist())
     else:
         classes = checked_classes(labels)
         if len(classes) != 2:
