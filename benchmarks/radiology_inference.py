@@ -147,7 +147,7 @@ def nnunet(network: Any, image: Any, roi: int, shape: tuple[int, int, int]) -> n
 
 
 _WAYS: dict[str, Callable[..., np.ndarray]] = {"ours": ours, "monai": monai, "nnunet": nnunet}
-_KEEP = 64 << 20
+_KEEP = 96 << 20
 _FOUND: dict[tuple[int, bool], np.ndarray] = {}
 
 

@@ -5,9 +5,11 @@
 The windows lie, are weighted and are added up as in MONAI's `sliding_window_inference` (1.6.1), in its order, so that
 the sums are the same numbers; what differs is how much of them is kept. Windows with the same start along the first
 axis are a layer. Once a layer is done, the planes before the next one are final: they are resampled and decided class
-by class against a running maximum, and forgotten. C×D×H×W logits become C×(window + 1)×H×W, and where that is above
-`keep_bytes`, the windows' outputs lie in a scratch file and are read back class by class: memory then does not depend
-on the number of classes (beyond what the network itself returns for one batch of windows).
+by class against a running maximum, and forgotten; on a CPU by `kernels`, elsewhere by torch. C×D×H×W logits become
+C×(window + 1)×H×W. Where that is above `keep_bytes`, rows of windows are taken in the same way, C×(window + 1)²×W, and
+the planes that the next layer goes on with wait in a scratch file; where that is still too much, all windows' outputs
+do, and are read back class by class: memory then does not depend on the number of classes (beyond what the network
+itself returns for one batch of windows).
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -33,8 +36,8 @@ Predict = Callable[["Tensor"], "Tensor"]
 """(batch, channels, *roi) → logits (batch, classes, *roi)."""
 
 KEEP_BYTES = 512 << 20
-_TILE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
-"""Of one class's values that are worked on at a time: a CPU's second-level cache; enough to fill a GPU."""
+_TILE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+"""Of one class's values that are worked on at a time: enough to fill a GPU."""
 _LEAST_WEIGHT = 1e-3
 _INSIDE = 1e-4
 """Voxels of the network's grid: rounding of affines does not put a border voxel outside."""
@@ -151,24 +154,25 @@ def labels(
     weight = None if windows.mode == "constant" else importance(roi, windows.sigma_scale, image.device)
     inner = tuple(slice(b, b + n) for b, n in zip(before, sizes, strict=True))
     with torch.inference_mode(), tempfile.TemporaryDirectory(prefix="windows-", dir=scratch) as folder:
-        sums: Slab | Spill | None = None
         answer: Answer | None = None
+        ends = [[*each[1:], int(n)] for each, n in zip(starts, padded.shape[1:], strict=True)]
         for layer, start in enumerate(starts[0]):
             places = [(start, y, x) for y, x in product(starts[1], starts[2])]
-            for k in range(0, len(places), windows.batch):
-                group = places[k : k + windows.batch]
+            for begin in range(0, len(places), windows.batch):
+                group = places[begin : begin + windows.batch]
                 out = _predicted(predict, padded, group, roi)
-                if sums is None or answer is None:
-                    slab = 4 * out.shape[1] * (roi[0] + 1) * math.prod(padded.shape[2:])
-                    kind = Slab if slab <= keep_bytes else Spill
-                    sums = kind(out.shape[1], roi, tuple(padded.shape[2:]), image.device, weight, Path(folder))
-                    answer = Answer(sums, inner, grid, decision)
-                for place, values in zip(group, out, strict=True):
-                    sums.add(values, place)
-                del out
-            assert sums is not None and answer is not None
-            ready = starts[0][layer + 1] if layer + 1 < len(starts[0]) else int(padded.shape[1])
-            sums.keep(answer.advance(ready), ready)
+                if answer is None:
+                    plane = (int(padded.shape[2]), int(padded.shape[3]))
+                    kept = _Kept(
+                        out.shape[1], roi, plane, inner, decision.activation, image.device, weight, Path(folder)
+                    )
+                    answer = Answer(_sums(kept, decision, keep_bytes), inner, grid, decision)
+                for k, place in enumerate(group):
+                    answer.sums.add(out[k], place)
+                    row, column = divmod(begin + k, len(starts[2]))
+                    if column + 1 == len(starts[2]):
+                        answer.advance(ends[0][layer], ends[1][row])
+                del out  # or it would still be there while the network makes the next one
     assert answer is not None, "one window at least"
     return answer.array
 
@@ -220,83 +224,231 @@ def _predicted(predict: Predict, image: Tensor, places: Sequence[tuple[int, ...]
 # ------------------------------------------------------------------------------------------------ sums of windows
 
 
-class Sums(Protocol):
-    """The weighted sums of the windows' logits over the planes that are not yet decided, and their weights."""
-
-    classes: int
-    weights: Tensor
-    first: int
-    """The plane at which `weights` begins."""
-    tile: int
-    """How many tiles' worth of planes are best asked for at a time."""
-
-    def values(self, c: int, a: int, b: int) -> Tensor:
-        """Sums of class c on planes a … b-1, (b - a, H, W)."""
-        ...
+@cache
+def _kernels(device: str) -> Any:
+    """The compiled way on a CPU; None elsewhere, and where Numba is not installed: torch does the same, slower."""
+    if device != "cpu":
+        return None
+    try:
+        from permed_compute.workloads.radiology import kernels
+    except ImportError:
+        return None
+    return kernels
 
 
 @dataclass
-class _Rolling:
-    """What both kinds share: weights (window + 1, H, W), beginning at plane `first`."""
+class _Kept:
+    """What all kinds of sums are made for."""
 
     classes: int
     roi: tuple[int, ...]
-    plane: tuple[int, ...]
+    plane: tuple[int, int]
+    inner: tuple[slice, ...]
+    """What is image and not padding."""
+    activation: str
     device: torch.device
     weight: Tensor | None
     """Importance map; None where every voxel of a window weighs 1."""
     folder: Path
-    first: int = field(default=0, init=False)
-    weights: Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
+
+def _sums(kept: _Kept, decision: Decision, keep_bytes: int) -> Sums:
+    """The fastest kind within `keep_bytes`."""
+    height, width = kept.plane
+    row = 4 * kept.classes * (kept.roi[0] + 1) * width
+    if row * height <= keep_bytes:
+        return Slab(kept, height)
+    compiled = _kernels(kept.device.type) is not None and decision.kind == "argmax"
+    if compiled and row * (kept.roi[1] + 1) <= keep_bytes and kept.roi[1] + 1 < height:
+        return Slab(kept, kept.roi[1] + 1)
+    return Spill(kept)
+
+
+class Sums(Protocol):
+    """The weighted sums of the windows' logits over what is not yet decided, and their weights."""
+
+    kept: _Kept
+    by_rows: bool
+    """Rows can be decided, and then forgotten, before a layer is done."""
+    tile: int
+    """How many tiles' worth of planes are best asked for at a time."""
+
+    def add(self, values: Tensor, place: tuple[int, int, int]) -> None:
+        """A window's logits, (classes, *roi)."""
+        ...
+
+    def finish(self, ready: int, below: int) -> None:
+        """No window is added any more to planes before `ready`, as far as their rows before `below` are concerned."""
+        ...
+
+    def final(self, a: int, b: int) -> Iterator[tuple[int, Tensor, int, int]]:
+        """Planes a … b-1, blended and activated: (first class, (classes, planes, rows, W), its first plane and row).
+
+        Contiguous; outside the image proper (its padding) there is anything. Raises `WorkloadError` for NaN.
+        """
+        ...
+
+    def forget(self, first: int, row: int, ready: int, below: int) -> None:
+        """Planes before `first` and rows before `row` are decided, as far as rows before `below` are concerned."""
+        ...
+
+
+class _Rolling:
+    """What all kinds share: weights (window + 1, H, W), beginning at plane `first`."""
+
+    def __init__(self, kept: _Kept) -> None:
         import torch
 
-        self.weights = torch.zeros((self.roi[0] + 1, *self.plane), device=self.device)
+        self.kept, self.first = kept, 0
+        self.weights = torch.zeros((kept.roi[0] + 1, *kept.plane), device=kept.device)
 
-    def _place(self, place: tuple[int, int, int]) -> tuple[slice, slice, slice]:
-        """Where a window lies in what is kept; its weight is added."""
+    def _weigh(self, place: tuple[int, int, int]) -> None:
+        """A window's weight is added."""
         z, y, x = place
         z -= self.first
-        where = (slice(z, z + self.roi[0]), slice(y, y + self.roi[1]), slice(x, x + self.roi[2]))
-        self.weights[where] += 1.0 if self.weight is None else self.weight
-        return where
+        depth, height, width = self.kept.roi
+        self.weights[z : z + depth, y : y + height, x : x + width] += (
+            1.0 if self.kept.weight is None else self.kept.weight
+        )
 
     def _weighted(self, values: Tensor) -> Tensor:
         """Of one class: so that no weighted copy of the whole window is made."""
-        return values if self.weight is None else values * self.weight
+        return values if self.kept.weight is None else values * self.kept.weight
 
     def _roll(self, tensor: Tensor, gone: int) -> None:
-        """Drop the first `gone` planes, move the others up, and clear what follows."""
+        """Drop the first `gone` planes or rows, move the others up, and clear what follows."""
         kept = max(0, tensor.shape[0] - gone)
         tensor[:kept] = tensor[gone:].clone()
         tensor[kept:] = 0
 
 
 class Slab(_Rolling):
-    """Sums in memory: (classes, window + 1, H, W)."""
+    """Sums in memory: (classes, window + 1, rows, W), of all rows or of those that one row of windows covers.
+
+    In the latter case the planes that the next layer of windows adds to wait in a file, row by row.
+    """
 
     tile = 1
 
-    def __post_init__(self) -> None:
+    def __init__(self, kept: _Kept, rows: int) -> None:
         import torch
 
-        super().__post_init__()
-        self.sums = torch.zeros((self.classes, self.roi[0] + 1, *self.plane), device=self.device)
+        super().__init__(kept)
+        self.by_rows = rows < kept.plane[0]
+        self.sums = torch.zeros((kept.classes, kept.roi[0] + 1, rows, kept.plane[1]), device=kept.device)
+        self.row = 0
+        """At which `sums` begins."""
+        self.settled, self.divided = 0, 0
+        """Planes before it hold what is final instead of sums; so do rows before it of the planes that are ready."""
+        self.kernels = _kernels(kept.device.type)
+        self.ones = torch.ones(kept.roi) if kept.weight is None else kept.weight
+        self.waiting = _Waiting(self.sums, kept) if self.by_rows else None
 
     def add(self, values: Tensor, place: tuple[int, int, int]) -> None:
-        where = self._place(place)
+        self._weigh(place)
+        z, y, x = place[0] - self.first, place[1] - self.row, place[2]
+        if self.kernels is not None:
+            arrays = (self.sums.numpy(), values.contiguous().numpy(), self.ones.numpy())
+            self.kernels.shared(self.kernels.add, self.kept.classes, *arrays, z, y, x)
+            return
+        depth, height, width = self.kept.roi
         for sums, logits in zip(self.sums, values, strict=True):
-            sums[where] += self._weighted(logits)
+            sums[z : z + depth, y : y + height, x : x + width] += self._weighted(logits)
 
-    def values(self, c: int, a: int, b: int) -> Tensor:
-        return self.sums[c, a - self.first : b - self.first]
+    def final(self, a: int, b: int) -> Iterator[tuple[int, Tensor, int, int]]:
+        yield 0, self.sums, self.first, self.row
 
-    def keep(self, first: int, ready: int) -> None:
-        """Planes before `first` are decided; those from `ready` on are still to come."""
-        for tensor in (*self.sums, self.weights):
+    def finish(self, ready: int, below: int) -> None:
+        """Quotients and activations in place."""
+        planes, rows, columns = self.kept.inner
+        a, b = max(self.settled, planes.start) - self.first, min(ready, planes.stop) - self.first
+        top, bottom = max(self.divided, rows.start) - self.row, min(below, rows.stop) - self.row
+        self.divided = below
+        if a >= b or top >= bottom:
+            return
+        block = self.sums[:, a:b, top:bottom, columns]
+        if self.kernels is None:
+            block /= self.weights[a:b, top + self.row : bottom + self.row, columns]
+        else:
+            box = (top, bottom, columns.start, columns.stop)
+            arrays = (self.sums.numpy(), self.weights.numpy(), self.row)
+            _refuse_unless(not any(self.kernels.shared(self.kernels.divide, self.kept.classes, *arrays, a, b, box)))
+        if self.kept.activation == "sigmoid":
+            block.sigmoid_()
+        elif self.kept.activation == "softmax":
+            for plane in block.unbind(1):
+                plane.copy_(plane.softmax(0))
+
+    def forget(self, first: int, row: int, ready: int, below: int) -> None:
+        over = below == self.kept.plane[0]
+        if self.waiting is not None:
+            self.waiting.store(first - self.first, self.row, below)
+            self._roll_rows(0 if over else row, over)
+        if not over:
+            return
+        tensors = [self.weights] if self.by_rows else [*self.sums, self.weights]
+        for tensor in tensors:
             self._roll(tensor, first - self.first)
-        self.first = first
+        self.first, self.settled, self.divided = first, ready, 0
+
+    def _roll_rows(self, row: int, over: bool) -> None:
+        """Begin at `row`; what the layer before left of the rows that are new here is read. over: of the next layer."""
+        assert self.waiting is not None
+        rows = self.sums.shape[2]
+        if over:
+            self.sums.zero_()
+            new = 0
+            self.waiting.next_layer()
+        else:
+            gone = min(row - self.row, rows)
+            new = rows - gone
+            for tensor in self.sums.flatten(0, 1):
+                self._roll(tensor, gone)
+        self.row = row
+        self.waiting.load(row, row + new, min(row + rows, self.kept.plane[0]))
+
+
+class _Waiting:
+    """Rows of planes for the next layer of windows, in a file: (classes, window + 1, H, W), the planes from the first.
+
+    A row is read by the next layer before that layer writes what it leaves of it itself.
+    """
+
+    def __init__(self, sums: Tensor, kept: _Kept) -> None:
+        self._sums, self._height = sums.numpy(), kept.plane[0]
+        self._planes, self._next, self._stored = 0, 0, 0
+        self._file = _scratch(kept.folder / "waiting")
+
+    def store(self, first: int, row: int, below: int) -> None:
+        """Rows that are final in this layer, of the planes from `first` (counted in sums, which begin at `row`)."""
+        a, b = self._stored - row, below - row
+        self._next = self._sums.shape[1] - first
+        for c, planes in enumerate(self._sums):
+            for k, plane in enumerate(planes[first:]):
+                _write(self._file, plane[a:b], self._place(c, k, self._stored))
+        self._stored = below
+
+    def load(self, row: int, a: int, b: int) -> None:
+        for c, planes in enumerate(self._sums):
+            for k, plane in enumerate(planes[: self._planes]):
+                _read(self._file, plane[a - row : b - row], self._place(c, k, a))
+
+    def next_layer(self) -> None:
+        self._planes, self._stored = self._next, 0
+
+    def _place(self, c: int, k: int, row: int) -> int:
+        _, planes, _, width = self._sums.shape
+        return 4 * width * (self._height * (c * planes + k) + row)
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+
+def _scratch(path: Path) -> int:
+    """An open file that nobody else sees and that a kill leaves nothing of."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.unlink(path)  # noqa: PTH108 - the open file goes on
+    return file
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,37 +463,54 @@ class _Block:
 class Spill(_Rolling):
     """Windows' outputs in one file per layer, written and read once or twice; added up when a class is asked for."""
 
-    tile = 8  # fewer and longer reads
+    by_rows = False
+    tile = 2  # fewer and longer reads
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __init__(self, kept: _Kept) -> None:
+        super().__init__(kept)
         self.blocks: list[_Block] = []
 
     def add(self, values: Tensor, place: tuple[int, int, int]) -> None:
-        self._place(place)
+        self._weigh(place)
         known = [block for block in self.blocks if block.place[0] == place[0]]
-        length = 4 * math.prod(self.roi)
+        length = 4 * math.prod(self.kept.roi)
         if known:
-            file, offset = known[-1].file, known[-1].offset + length * self.classes
+            file, offset = known[-1].file, known[-1].offset + length * self.kept.classes
         else:
-            name = str(self.folder / f"layer-{place[0]}")
-            file, offset = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), 0
-            os.unlink(name)  # noqa: PTH108 - the open file goes on; nothing is left behind by a kill
-        try:
-            for c, logits in enumerate(values):
-                _write(file, self._weighted(logits).contiguous().cpu().numpy(), offset + c * length)
-        except OSError as error:
-            raise OutOfMemoryError(
-                f"The scratch folder cannot take the windows' outputs ({error.strerror}).",
-                remedy="Give it more room, or allow more memory (keep_memory).",
-            ) from None
+            file, offset = _scratch(self.kept.folder / f"layer-{place[0]}"), 0
+        for c, logits in enumerate(values):
+            _write(file, self._weighted(logits).contiguous().cpu().numpy(), offset + c * length)
         self.blocks.append(_Block(place, file, offset))
 
-    def values(self, c: int, a: int, b: int) -> Tensor:
+    def finish(self, ready: int, below: int) -> None:
+        """Windows are added up when they are read."""
+
+    def final(self, a: int, b: int) -> Iterator[tuple[int, Tensor, int, int]]:
         import torch
 
-        total = torch.zeros((b - a, *self.plane), device=self.device)
-        depth, height, width = self.roi
+        top, total = self.weights, self.weights
+        if self.kept.activation == "softmax":
+            top = self._logits(0, a, b)
+            for c in range(1, self.kept.classes):
+                top = torch.maximum(top, self._logits(c, a, b))
+            total = torch.zeros_like(top)
+            for c in range(self.kept.classes):
+                total += (self._logits(c, a, b) - top).exp_()
+        for c in range(self.kept.classes):
+            x = self._logits(c, a, b)
+            if self.kept.activation == "softmax":
+                x = x.sub_(top).exp_().div_(total)
+            elif self.kept.activation == "sigmoid":
+                x = x.sigmoid_()
+            _finite(x[(slice(None), *self.kept.inner[1:])])
+            yield c, x[None], a, 0
+
+    def _logits(self, c: int, a: int, b: int) -> Tensor:
+        """Of class c, blended, (b - a, H, W)."""
+        import torch
+
+        total = torch.zeros((b - a, *self.kept.plane), device=self.kept.device)
+        depth, height, width = self.kept.roi
         for block in self.blocks:
             z, y, x = block.place
             low, high = max(a, z), min(b, z + depth)
@@ -349,11 +518,12 @@ class Spill(_Rolling):
                 continue
             buffer = np.empty((high - low, height, width), np.float32)
             _read(block.file, buffer, block.offset + 4 * height * width * (c * depth + low - z))
-            total[low - a : high - a, y : y + height, x : x + width] += torch.from_numpy(buffer).to(self.device)
-        return total
+            part = torch.from_numpy(buffer).to(self.kept.device)
+            total[low - a : high - a, y : y + height, x : x + width] += part
+        return total.div_(self.weights[a - self.first : b - self.first])
 
-    def keep(self, first: int, ready: int) -> None:
-        over = {block.file for block in self.blocks if block.place[0] + self.roi[0] <= first}
+    def forget(self, first: int, row: int, ready: int, below: int) -> None:
+        over = {block.file for block in self.blocks if block.place[0] + self.kept.roi[0] <= first}
         self.blocks = [block for block in self.blocks if block.file not in over]
         for file in over:
             os.close(file)
@@ -367,9 +537,15 @@ class Spill(_Rolling):
 
 def _write(file: int, data: np.ndarray, offset: int) -> None:
     view = data.reshape(-1).view(np.uint8).data
-    while view:
-        done = os.pwrite(file, view, offset)
-        view, offset = view[done:], offset + done
+    try:
+        while view:
+            done = os.pwrite(file, view, offset)
+            view, offset = view[done:], offset + done
+    except OSError as error:
+        raise OutOfMemoryError(
+            f"The scratch folder cannot take the windows' outputs ({error.strerror}).",
+            remedy="Give it more room, or allow more memory (keep_memory).",
+        ) from None
 
 
 def _read(file: int, buffer: np.ndarray, offset: int) -> None:
@@ -411,6 +587,10 @@ class _Axis:
         high = np.minimum(np.ceil(at).astype(np.int64), length - 1)
         return cls(span, low, high, (at - low).astype(np.float32), plain, same)
 
+    def moved(self, by: int, which: slice = slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """low, high (voxels of an array that begins `by` before ours) and share, of the voxels `which`."""
+        return self.low[which] + by, self.high[which] + by, self.share[which]
+
 
 class Answer:
     """Labels on the grid wanted, filled plane by plane as sums become final."""
@@ -420,46 +600,78 @@ class Answer:
         lengths = [s.stop - s.start for s in inner]
         x, y, z = lengths
         grid = grid or Grid((x, y, z), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
-        if decision.kind == "threshold" and sums.classes != 1:
+        classes, device = sums.kept.classes, sums.kept.device
+        if decision.kind == "threshold" and classes != 1:
             raise WorkloadError(
-                f"A threshold decides one channel; the network has {sums.classes}.", remedy="Decide by argmax."
+                f"A threshold decides one channel; the network has {classes}.", remedy="Decide by argmax."
             )
-        self.sums, self.inner, self.decision = sums, inner, decision
+        self.sums, self.inner, self.decision, self.begin = sums, inner, decision, inner[0].start
         axes = [_Axis.of(*row) for row in zip(grid.shape, grid.scale, grid.offset, lengths, strict=True)]
         self.depth, self.rows, self.columns = axes
         self.done = 0
         """Planes of `depth.inside` that are decided."""
-        self.array = np.zeros(grid.shape, np.uint8 if sums.classes <= 256 else np.int16)
-        device = sums.weights.device
+        self.above = 0
+        """Rows of `rows.inside` that are decided of the planes that are next."""
+        self.array = np.zeros(grid.shape, np.uint8 if classes <= 256 else np.int16)
+        self.kernels = _kernels(device.type)
         self._index = {id(axis): _on(axis, device) for axis in (self.rows, self.columns)}
         voxels = max(1, len(self.rows.low) * len(self.columns.low))
         self._tile = max(1, sums.tile * _TILE_BYTES.get(device.type, 1 << 20) // (4 * voxels))
 
-    def advance(self, ready: int) -> int:
-        """Decide what planes before `ready` suffice for; returns the first plane that is still needed."""
-        begin = self.inner[0].start
-        while self.done < len(self.depth.low) and self.depth.high[self.done] + begin < ready:
-            stop = self.done + self._tile
-            last = int(np.searchsorted(self.depth.high[:stop], ready - begin, side="left"))
-            self._decide(self.done, last)
-            self.done = last
-        left = self.depth.low[self.done :]
-        return min(ready, int(left[0]) + begin) if left.size else ready
+    def advance(self, ready: int, below: int) -> None:
+        """Planes before `ready` are final as far as their rows before `below` are: decide what they suffice for."""
+        height = self.sums.kept.plane[0]
+        if below < height and not self.sums.by_rows:
+            return
+        planes = int(np.searchsorted(self.depth.high, ready - self.begin, side="left"))
+        rows = int(np.searchsorted(self.rows.high, below - self.inner[1].start, side="left"))
+        self.sums.finish(ready, below)
+        for a in range(self.done, planes, self._tile):
+            self._decide(a, min(a + self._tile, planes), rows)
+        row = _needed(self.rows, rows, below, self.inner[1].start)
+        if ready < self.inner[0].stop:
+            self.sums.forget(_needed(self.depth, planes, ready, self.begin), row, ready, below)
+        elif below < height:
+            self.sums.forget(ready, row, ready, below)
+        self.above = rows if below < height else 0
+        self.done = self.done if below < height else planes
 
-    def _decide(self, a: int, b: int) -> None:
+    def _decide(self, a: int, b: int, rows: int) -> None:
         low, high = int(self.depth.low[a]), int(self.depth.high[b - 1]) + 1
-        source = _Final(self.sums, self.inner, low, high, self.decision.activation)
+        values = self.sums.final(low + self.begin, high + self.begin)
+        compiled = self.kernels is not None and self.decision.kind == "argmax"
+        inside = slice(self.rows.inside.start + self.above, self.rows.inside.start + rows)
+        where = (slice(self.depth.inside.start + a, self.depth.inside.start + b), inside, self.columns.inside)
+        self.array[where] = self._largest(values, a, b, rows) if compiled else self._torch(values, a, b, low, high)
+
+    def _largest(self, values: Iterator[tuple[int, Tensor, int, int]], a: int, b: int, rows: int) -> np.ndarray:
+        left, right, across = self.columns.moved(self.inner[2].start)
+        columns = (left.astype(np.uint32), right.astype(np.uint32), across)
+        best = np.full((b - a, rows - self.above, len(across)), -np.inf, np.float32)
+        found = np.zeros(best.shape, np.int16)
+        if not best.size:  # nothing wanted lies inside
+            return found
+        for c, tensor, plane, row in values:
+            depth = self.depth.moved(self.begin - plane, slice(a, b))
+            down = self.rows.moved(self.inner[1].start - row, slice(self.above, rows))
+            arguments = (tensor.numpy(), c, depth, down, columns, best, found)
+            self.kernels.shared(self.kernels.decide, best.shape[1], *arguments)
+        return found
+
+    def _torch(self, values: Iterator[tuple[int, Tensor, int, int]], a: int, b: int, low: int, high: int) -> np.ndarray:
         along = [
             (int(i) - low, int(j) - low, float(t))
             for i, j, t in zip(self.depth.low[a:b], self.depth.high[a:b], self.depth.share[a:b], strict=True)
         ]
-        values = (self._resampled(source.values(c), along) for c in range(self.sums.classes))
+        low, high = low + self.begin, high + self.begin
+        each = (
+            self._resampled(x[(slice(low - plane, high - plane), *self.inner[1:])], along)
+            for _, many, plane, _ in values
+            for x in many
+        )
         if self.decision.kind == "argmax":
-            found = running_argmax(values, self.array.dtype == np.uint8)
-        else:
-            found = _finite(next(values)) >= self.decision.threshold
-        where = (slice(self.depth.inside.start + a, self.depth.inside.start + b), self.rows.inside, self.columns.inside)
-        self.array[where] = found.cpu().numpy()
+            return running_argmax(each, self.array.dtype == np.uint8).cpu().numpy()
+        return (_finite(next(each)) >= self.decision.threshold).cpu().numpy()
 
     def _resampled(self, x: Tensor, along: Sequence[tuple[int, int, float]]) -> Tensor:
         """Columns first and planes last: the gathers of the inner axes run over the fewest values."""
@@ -468,6 +680,11 @@ class Answer:
         if not self.rows.same:
             x = _lerp(x, 1, self._index[id(self.rows)], self.rows.plain)
         return x if self.depth.same else _lerp_planes(x, along)
+
+
+def _needed(axis: _Axis, done: int, limit: int, begin: int) -> int:
+    """The first plane or row that voxels from `done` on still need; `limit` at most."""
+    return min(limit, int(axis.low[done]) + begin) if done < len(axis.low) else limit
 
 
 def _on(axis: _Axis, device: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -500,39 +717,6 @@ def _lerp_planes(x: Tensor, along: Sequence[tuple[int, int, float]]) -> Tensor:
     return out
 
 
-class _Final:
-    """Blended values on planes low … high-1 of the unpadded image, class by class."""
-
-    def __init__(self, sums: Sums, inner: tuple[slice, ...], low: int, high: int, activation: str) -> None:
-        begin = inner[0].start
-        self.sums, self.across = sums, inner[1:]
-        self.a, self.b = low + begin, high + begin
-        self.weights = sums.weights[self.a - sums.first : self.b - sums.first][(slice(None), *self.across)]
-        self.activation = activation
-        self.top, self.total = self._sum_up() if activation == "softmax" else (self.weights, self.weights)
-
-    def _logits(self, c: int) -> Tensor:
-        return self.sums.values(c, self.a, self.b)[(slice(None), *self.across)] / self.weights
-
-    def _sum_up(self) -> tuple[Tensor, Tensor]:
-        """Of the softmax: the largest logit, and the sum of exponentials below it."""
-        import torch
-
-        top = self._logits(0)
-        for c in range(1, self.sums.classes):
-            top = torch.maximum(top, self._logits(c))
-        total = torch.zeros_like(top)
-        for c in range(self.sums.classes):
-            total += (self._logits(c) - top).exp_()
-        return top, total
-
-    def values(self, c: int) -> Tensor:
-        x = self._logits(c)
-        if self.activation == "softmax":
-            return x.sub_(self.top).exp_().div_(self.total)
-        return x.sigmoid_() if self.activation == "sigmoid" else x
-
-
 def running_argmax(values: Iterator[Tensor], small: bool) -> Tensor:
     """The index of the largest of `values` per voxel, the first where several are equal, two of them in memory.
 
@@ -561,11 +745,16 @@ def _greater(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _finite(values: Tensor) -> Tensor:
-    if bool(values.isnan().any()):
-        raise WorkloadError(
-            "The network returned NaN.", remedy="Check the input's values and the precision variant of the model."
-        )
+    _refuse_unless(float(values.amax()) < math.inf)  # NaN is no number's least
     return values
+
+
+def _refuse_unless(finite: bool) -> None:
+    if not finite:
+        raise WorkloadError(
+            "The network returned NaN or infinity.",
+            remedy="Check the input's values and the precision variant of the model.",
+        )
 
 
 def nearest(found: np.ndarray, grid: Grid) -> np.ndarray:

@@ -26,8 +26,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-SPILL = 0
-SLAB = 1 << 40
+KINDS = pytest.mark.parametrize("kind", ["slab", "rows", "spilled"])
+
+
+def keep(kind, classes, x, windows):
+    """So many bytes that sums are kept of a layer of windows, of a row of windows, or not at all."""
+    roi = [r if r > 0 else n for r, n in zip(windows.roi_size, x.shape[1:], strict=True)]
+    row = 4 * classes * (roi[0] + 1) * (roi[1] + 1) * max(roi[2], x.shape[3])
+    return {"slab": 1 << 40, "rows": row, "spilled": 0}[kind]
 
 
 class Network(torch.nn.Module):
@@ -71,14 +77,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("keep", [SLAB, SPILL], ids=["slab", "spilled"])
+@KINDS
 @pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize("case", CASES)
-def test_labels_are_monais(case, classes, keep):
+def test_labels_are_monais(case, classes, kind):
     shape, windows = CASES[case]
     x, network = image(*shape), Network(classes)
     expected = monais_logits(x, network, windows).argmax(0).numpy()
-    assert np.array_equal(labels(x, network, windows, keep_bytes=keep), expected)
+    found = labels(x, network, windows, keep_bytes=keep(kind, classes, x, windows))
+    assert np.array_equal(found, expected)
     assert len(np.unique(expected)) == classes
 
 
@@ -89,13 +96,40 @@ def test_the_importance_map_is_monais_to_the_bit():
         assert torch.equal(sliding.importance(roi, sigma, "cpu"), compute_importance_map(roi, "gaussian", sigma))
 
 
-@pytest.mark.parametrize("keep", [SLAB, SPILL], ids=["slab", "spilled"])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("way", ["compiled", "torch"])
+@KINDS
+def test_compiled_or_by_torch_as_on_a_gpu_and_by_any_number_of_threads(monkeypatch, kind, way, threads):
+    x, network, windows = image(20, 37, 33), Network(3), Windows((16, 16, 16), (0.5, 0.5, 0.5), "gaussian")
+    logits, most = monais_logits(x, network, windows), keep(kind, 3, x, windows)
+    torch.set_num_threads(threads)
+    if way == "torch":
+        monkeypatch.setattr(sliding, "_kernels", lambda device: None)
+    assert np.array_equal(labels(x, network, windows, keep_bytes=most), logits.argmax(0).numpy())
+    shape = (33, 70, 40)
+    expected = functional.interpolate(logits.double()[None], size=shape, mode="trilinear")[0].argmax(0).numpy()
+    found = labels(x, network, windows, grid=Grid.same_extent(shape, x.shape[1:]), keep_bytes=most)
+    assert np.array_equal(found, expected)
+
+
+@KINDS
+def test_a_class_that_is_ruled_out_by_minus_infinity_is_never_the_answer(kind):
+    x, windows = image(20, 20, 20), Windows((16, 16, 16))
+    network = lambda v: torch.cat((v * 0 - torch.inf, v, -v), 1)  # noqa: E731
+    grid, most = Grid.same_extent((30, 20, 20), (20, 20, 20)), keep(kind, 3, x, windows)
+    found = labels(x, network, windows, grid=grid, keep_bytes=most)
+    assert set(np.unique(found)) == {1, 2}
+    assert np.array_equal(labels(x, network, windows, keep_bytes=most), 1 + (x[0] < 0).numpy())
+
+
+@KINDS
 @pytest.mark.parametrize("shape", [(80, 66, 71), (25, 30, 19), (97, 33, 20)])
-def test_on_another_grid_labels_are_those_of_resampled_logits(shape, keep):
+def test_on_another_grid_labels_are_those_of_resampled_logits(shape, kind):
     x, network, windows = image(48, 40, 36), Network(4), Windows((16, 16, 16), (0.5, 0.5, 0.5), "gaussian")
     logits = monais_logits(x, network, windows).double()
     expected = functional.interpolate(logits[None], size=shape, mode="trilinear")[0].argmax(0).numpy()
-    found = labels(x, network, windows, grid=Grid.same_extent(shape, x.shape[1:]), keep_bytes=keep)
+    most = keep(kind, 4, x, windows)
+    found = labels(x, network, windows, grid=Grid.same_extent(shape, x.shape[1:]), keep_bytes=most)
     assert (found != expected).sum() <= 1e-6 * found.size
 
 
@@ -109,13 +143,16 @@ def test_of_a_million_voxels_at_most_one_differs_from_exactly_resampled_logits()
     assert (found != expected).sum() <= 1e-6 * found.size
 
 
-def test_softmax_before_resampling_as_bundles_have_it():
+@KINDS
+def test_softmax_before_resampling_as_bundles_have_it(kind):
     x, network, windows = image(30, 30, 30), Network(4), Windows((16, 16, 16))
     shape = (50, 44, 61)
     probabilities = monais_logits(x, network, windows).double().softmax(0)
     expected = functional.interpolate(probabilities[None], size=shape, mode="trilinear")[0].argmax(0).numpy()
     grid = Grid.same_extent(shape, x.shape[1:])
-    found = labels(x, network, windows, grid=grid, decision=Decision(activation="softmax"))
+    found = labels(
+        x, network, windows, grid=grid, decision=Decision(activation="softmax"), keep_bytes=keep(kind, 4, x, windows)
+    )
     assert (found != expected).sum() <= 1e-6 * found.size
     assert (labels(x, network, windows, grid=grid) != expected).mean() > 1e-3, "it is not the same as logits"
 
@@ -177,6 +214,7 @@ def test_more_than_255_classes():
     [
         (lambda x: x.new_full((x.shape[0], 2, *x.shape[2:]), float("nan")), "NaN"),
         (lambda x: torch.cat((x, x * float("nan")), 1), "NaN"),
+        (lambda x: torch.cat((x, x * 0 + float("inf")), 1), "infinity"),
         (lambda x: x[:, :, ::2], "returned"),
         (lambda x: [x, x], "returned list"),
     ],
