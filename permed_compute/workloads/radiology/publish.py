@@ -230,6 +230,8 @@ def estimate(row: Mapping[str, Any] | None) -> str:
 def _worse(told: Training) -> str:
     """Of `subgroups`; `gap` is in the measure that the group's row is judged by."""
     worse = [row for row in told.report["subgroups"] if row["worse"]]
+    if all(row["gap"] is None for row in told.report["subgroups"]):
+        return "There are no two groups by site, scanner, sex or age that could be compared."
     if not worse:
         return "No group by site, scanner, sex or age is clearly worse than the others; small groups could hide one."
     rows = []

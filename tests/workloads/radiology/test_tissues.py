@@ -49,7 +49,12 @@ def test_a_fit_on_the_real_t1_is_reported_as_a_fit(dataset: Path, tmp_path: Path
     assert row["low"] is None and row["high"] is None, "one subject has no interval"
     card, page = ((ctx.out / name).read_text() for name in ("bundle/docs/README.md", "evaluation.html"))
     assert "A fit, not an evaluation" in card and "A fit, not an evaluation" in page
-    assert "held out | 0 | 0" in card and "Nothing was held out" in card and "any choice has seen" not in card
+    assert (
+        "no two groups" in card
+        and "held out | 0 | 0" in card
+        and "Nothing was held out" in card
+        and "any choice has seen" not in card
+    )
     assert json.loads((ctx.out / "split.json").read_text())["test"] == []
     assert not (ctx.out / "evidence.json").exists(), "nothing that the gate could take for an evaluation"
     losses = [row["loss"] for row in done.values["history"]]
