@@ -24,7 +24,7 @@ _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def cases(quick: bool) -> list[Case]:
-    edge = 2 if quick else 8
+    edge = 1 if quick else 4
     both = (("ours, outlines joined at the seams", "ours", False), ("shapely unary_union", "union", True))
     return [
         *(
@@ -34,7 +34,7 @@ def cases(quick: bool) -> list[Case]:
         ),
         *(
             Case(f"{edge * edge} tiles, peak memory", name, "MiB", "lower", lambda way=way: _ran(edge, way)["peak_mib"],
-                 peer=peer, goal="" if peer else "≤ 1/2 of unary_union", ratio=None if peer else 0.5)
+                 repeats=1, peer=peer, goal="" if peer else "≤ 1/2 of unary_union", ratio=None if peer else 0.5)
             for name, way, peer in both
         ),
     ]  # fmt: skip
