@@ -186,10 +186,10 @@ def gram(block: Any, chosen: np.ndarray, centre: np.ndarray | None, threads: int
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
         pieces = list(pool.map(some, edges[:-1], edges[1:]))
-    product = sum(piece[0] for piece in pieces)
-    product = product + product.T
+    half = np.sum([piece[0] for piece in pieces], axis=0)
+    product = half + half.T
     product[np.diag_indices(len(product))] /= 2
-    return product, sum(piece[1] for piece in pieces)
+    return product, np.sum([piece[1] for piece in pieces], axis=0)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -223,6 +223,7 @@ class Components:
     def scores(self, block: Any, chosen: np.ndarray, centre: np.ndarray | None) -> np.ndarray:
         """(rows, components) of a normalised block."""
         if isinstance(block, np.ndarray):
+            assert centre is not None
             wanted = np.nan_to_num(block[:, chosen].astype(np.float64) - centre, nan=0.0)
             return np.asarray((wanted - self.mean) @ self.loadings)
         return np.asarray(block[:, chosen].astype(np.float64) @ self.loadings - self.mean @ self.loadings)
