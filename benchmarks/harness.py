@@ -49,6 +49,7 @@ class Case:
     group: what is measured; its cases share unit and `better`, and run interleaved. measure: does it once and returns
     the figure in `unit`; it may raise `LeftOutError`. goal: the aim in words. limit: the figure that ours must reach;
     ratio: how ours must stand to the first peer's median (`better` says on which side). close: run once at the end.
+    Where one measurement takes a minute: `warm` warms up in its stead, and `repeats` is the most that are made.
     """
 
     group: str
@@ -61,6 +62,8 @@ class Case:
     limit: float | None = None
     ratio: float | None = None
     close: Callable[[], None] | None = None
+    warm: Callable[[], float] | None = None
+    repeats: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +123,12 @@ def _group(group: str, cases: Sequence[Case], repeats: int, say: Callable[[str],
     stopped: dict[str, dict[str, str]] = {}
     for turn in range(repeats + 1):  # turn 0 warms up and is kept apart
         for case in _rotated(cases, turn):
-            if case.name in stopped:
+            if case.name in stopped or (case.repeats is not None and turn > case.repeats):
                 continue
+            warm = case.warm if turn == 0 else None
             say(f"{group}, {case.name}, " + (f"{turn} of {repeats}" if turn else "warm-up"))
             try:
-                reading = measured(case.measure)
+                reading = measured(warm or case.measure)
             except LeftOutError as reason:
                 stopped[case.name] = {"left_out": str(reason)}
             except Exception as error:  # noqa: BLE001 - said in the report; the other cases go on
@@ -132,7 +136,7 @@ def _group(group: str, cases: Sequence[Case], repeats: int, say: Callable[[str],
             else:
                 if turn:
                     readings[case.name].append(reading)
-                else:
+                elif warm is None:
                     first[case.name] = reading.value
     rows = [
         {"name": case.name, "peer": case.peer, "first": first.get(case.name)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -29,37 +28,50 @@ WHY = (
 )
 
 
+_REPEATS = 2
+"""A run of 50 studies takes a minute on a CPU; a few studies warm up as well."""
+
+
 def cases(quick: bool) -> list[Case]:
-    studies, edge = (3, 40) if quick else (50, 128)
+    studies, few, edge = (3, 1, 40) if quick else (50, 3, 128)
     rig = _Rig()
 
     def case(group: str, name: str, unit: str, measure: Callable[[], float], **more: Any) -> Case:
         better = "lower" if unit in ("s", "%") and not more.pop("more", False) else "higher"
-        return Case(group, name, unit, better, measure, close=rig.close, **more)  # type: ignore[arg-type]
+        kept = {"close": rig.close, "repeats": _REPEATS, "warm": lambda: 0.0} | more
+        return Case(group, name, unit, better, measure, **kept)  # type: ignore[arg-type]
+
+    def timed(name: str, workers: int, **more: Any) -> Case:
+        warm = lambda: rig.run(few, edge, workers).wall_s  # noqa: E731
+        return case(batch, name, "s", lambda: rig.run(studies, edge, workers).wall_s, warm=warm, **more)
 
     batch = f"{studies} studies"
     share = f"{batch}, share of wall time outside the network"
     gpu = f"{batch} on a GPU"
+    full = 40 if quick else 0
     return [
-        case(share, "one worker", "%", lambda: rig.run(studies, edge, 1).outside, goal="≤ 15 %", limit=15),
-        case(batch, "one worker", "s", lambda: rig.run(studies, edge, 1).wall_s, peer=True),
-        case(batch, "two workers", "s", lambda: rig.run(studies, edge, 2).wall_s),
-        case(gpu, "volumes per minute", "1/min", lambda: rig.on_gpu(studies, edge, quick).per_minute),
+        timed("one worker", 1, peer=True),
+        timed("two workers", 2),
+        case(share, "one worker", "%", lambda: rig.again(studies, edge, 1).outside, goal="≤ 15 %", limit=15),
+        case(share, "two workers", "%", lambda: rig.again(studies, edge, 2).outside),
+        case(gpu, "volumes per minute", "1/min", lambda: rig.on_gpu(rig.run, studies, full).per_minute,
+             warm=lambda: rig.on_gpu(rig.run, few, full).per_minute),
         case(f"{gpu}, busy", "network's share of wall time", "%", more=True, goal="≥ 90 %", limit=90,
-             measure=lambda: 100 - rig.on_gpu(studies, edge, quick).outside),
+             measure=lambda: 100 - rig.on_gpu(rig.again, studies, full).outside),
     ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Batch:
     studies: int
+    workers: int
     wall_s: float
     network_s: float
 
     @property
     def outside(self) -> float:
-        """% of the wall time in which no network ran (one worker)."""
-        return 100 * (1 - self.network_s / self.wall_s)
+        """% of the workers' wall time in which no network ran."""
+        return 100 * (1 - self.network_s / self.workers / self.wall_s)
 
     @property
     def per_minute(self) -> float:
@@ -72,17 +84,26 @@ class _Rig:
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._folder: Path | None = None
-        self._runs = itertools.count()
+        self._done: dict[tuple[int, int, int, bool], list[_Batch]] = {}
 
     def close(self) -> None:
         self._stack.close()
 
-    def on_gpu(self, studies: int, edge: int, quick: bool) -> _Batch:
+    def on_gpu(self, way: Callable[..., _Batch], studies: int, edge: int) -> _Batch:
         import torch
 
         if not torch.cuda.is_available():
             raise LeftOutError("there is no CUDA device")
-        return self.run(studies, edge if quick else 0, 1, gpu=True)
+        return way(studies, edge, 1, gpu=True)
+
+    def again(self, studies: int, edge: int, workers: int, *, gpu: bool = False) -> _Batch:
+        """A run that was timed, each in its turn: nothing is computed again."""
+        known = self._done.get((studies, edge, workers, gpu), [])
+        if not known:
+            self.run(studies, edge, workers, gpu=gpu)
+            known = self._done[studies, edge, workers, gpu]
+        known.append(known.pop(0))
+        return known[-1]
 
     def run(self, studies: int, edge: int, workers: int, *, gpu: bool = False) -> _Batch:
         images, bundle = self._made(studies, edge)
@@ -91,7 +112,9 @@ class _Rig:
         with new_home("inprocess") as settings:
             settings = settings.model_copy(update={"gpus": "auto"}) if gpu else settings
             with open_client(settings) as client:
-                return self._batch(client, images, bundle, resources)
+                batch = self._batch(client, images, bundle, resources)
+        self._done.setdefault((studies, edge, workers, gpu), []).append(batch)
+        return batch
 
     def _batch(self, client: Client, images: Path, bundle: Path, resources: Mapping[str, Any]) -> _Batch:
         spec = JobSpec(
@@ -109,7 +132,7 @@ class _Rig:
         done = [row for row in rows if row["kind"] == "part" and row["state"] == "DONE"]
         first = min(row["started"] for row in done) / 1000
         last = max(row["started"] / 1000 + row["seconds"] for row in done)
-        return _Batch(len(done), last - first, sum(part["network_s"] for part in parts.values()))
+        return _Batch(len(done), resources["workers"], last - first, sum(part["network_s"] for part in parts.values()))
 
     def _made(self, studies: int, edge: int) -> tuple[Path, Path]:
         from permed_compute.workloads.radiology import sample

@@ -94,6 +94,7 @@ class Member:
         self._model: Any = None
         self._model_ready = False
         self._run_lock = threading.Lock()
+        self._model_lock = threading.Lock()
         self._cache_lock = threading.Lock()
         self._map: Map | None = None
 
@@ -138,16 +139,25 @@ class Member:
         work = self._workload()
         try:
             data = work.load(part, ctx)
+            model = self._loaded_model(work, ctx)
+            data = work.prepare(data, model, ctx)
             with self._run_lock:
-                if not self._model_ready:
-                    with ctx.stage("model"):
-                        self._model = work.model(self.attempt.spec, self._context(0, 1))
-                    self._model_ready = True
-                result = work.run(data, self._model, ctx)
+                done = work.run(data, model, ctx)
+            del data  # what was loaded need not last until all is written
+            result = work.finish(done, ctx)
         except RefusedInput as refused:
             # Deterministic: remembered in the ledger, so that the same bytes are not read again to be refused again.
             return {"reason": str(refused)}, [refused.finding.as_dict()], PartState.REFUSED
         return dict(result.values), [finding.as_dict() for finding in result.findings], PartState.DONE
+
+    def _loaded_model(self, work: Map, ctx: WorkerContext) -> Any:
+        """By the first part that asks; the others wait."""
+        with self._model_lock:
+            if not self._model_ready:
+                with ctx.stage("model"):
+                    self._model = work.model(self.attempt.spec, self._context(0, 1))
+                self._model_ready = True
+            return self._model
 
     def _workload(self) -> Map:
         if self._map is None:

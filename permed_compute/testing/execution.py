@@ -137,6 +137,15 @@ class ExecutorConformance:
         assert len(toys.result(attempt)["series"]["square"]) == 6
         self.ended(executor, attempt)
 
+    def test_a_part_is_written_while_the_next_one_runs(self, executor: Executor, toys: Toys) -> None:
+        """The first to be written waits for another to be begun; two in `run` at a time fail."""
+        attempt = toys.attempt("stages", count=3, retries=0)
+        executor.launch(attempt)
+        assert toys.ending(attempt)["outcome"] == "SUCCEEDED", toys.ending(attempt)
+        rows = [row["values"] for row in toys.result(attempt)["parts"]]
+        assert {row["model"] for row in rows} == {"the model"} and min(row["others"] for row in rows) >= 2
+        executor.end(attempt)
+
     def test_rounds_carry_their_state(self, executor: Executor, toys: Toys) -> None:
         attempt = toys.attempt("rounds", rounds=3)
         executor.launch(attempt)

@@ -161,3 +161,15 @@ def test_peak_memory_has_the_children_in_it() -> None:
     small = measured(lambda: 0.0)
     large = measured(lambda: float(subprocess.run([sys.executable, "-c", code], check=True).returncode))
     assert large.rss_mib - small.rss_mib > 190
+
+
+def test_a_case_that_takes_long_warms_up_with_less_and_is_repeated_less() -> None:
+    calls: list[str] = []
+
+    def named(name: str):
+        return lambda: calls.append(name) or 1.0
+
+    [group] = toy(case("long", named("long"), warm=named("short"), repeats=1), case("b", named("b")))["groups"]
+    assert (calls.count("short"), calls.count("long"), calls.count("b")) == (1, 1, 4)
+    long, other = group["cases"]
+    assert (long["n"], long["first"], other["n"]) == (1, None, 3)

@@ -31,7 +31,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
-from threading import Timer
+from threading import Lock, Timer
 from typing import Any, Protocol
 
 import numpy as np
@@ -206,13 +206,24 @@ class Variant:
     tolerance: float = precision.TOLERANCE
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What the bundle's preprocessing made of an image."""
+
+    item: dict[str, Any] = field(repr=False)
+
+
 class Runner(Protocol):
     """A bundle that is loaded and stays so from study to study."""
 
     is_sealed: bool
 
-    def segment(self, image: Path, shape: Sequence[int], affine: np.ndarray, variant: Variant) -> Segmented:
-        """Labels on the voxels of a NIfTI of this shape and affine (RAS, mm). `image` is consumed."""
+    def prepare(self, image: Path) -> Path | Prepared:
+        """What can be done of `segment` while another study is segmented; `image` is consumed."""
+        ...
+
+    def segment(self, image: Path | Prepared, shape: Sequence[int], affine: np.ndarray, variant: Variant) -> Segmented:
+        """Labels on the voxels of a NIfTI of this shape and affine (RAS, mm), which is consumed, or was prepared."""
         ...
 
     def calibrate(self, tolerance: float) -> Mapping[str, Any]:
@@ -259,6 +270,7 @@ class Plain:
         self.networks = [self._network(root / name) for name in options.weights]
         self.machine = precision.machine(device, threads)
         self._clocks: dict[str, precision.Clock] = {}
+        self._preparing = Lock()
 
     def _content(self, key: str) -> Any:
         return self.parser.get_parsed_content(key)
@@ -276,11 +288,18 @@ class Plain:
             ) from None
         return network.to(self.device).eval()
 
-    def segment(self, image: Path, shape: Sequence[int], affine: np.ndarray, variant: Variant = Variant()) -> Segmented:
+    def prepare(self, image: Path) -> Prepared:
+        with self._preparing:  # MONAI's transforms do not promise to run beside themselves
+            item = self.preprocessing({"image": str(image)})
+        image.unlink(missing_ok=True)
+        return Prepared(item)
+
+    def segment(
+        self, image: Path | Prepared, shape: Sequence[int], affine: np.ndarray, variant: Variant = Variant()
+    ) -> Segmented:
+        item = (image if isinstance(image, Prepared) else self.prepare(image)).item
         clock = self._clock(variant)
         before = clock.seconds
-        item = self.preprocessing({"image": str(image)})
-        image.unlink(missing_ok=True)
         data = item["image"]
         if self.decision is None or self.windows is None:
             return Segmented(self._whole(item, shape, clock), (), False, False, clock.seconds - before)
@@ -505,7 +524,14 @@ class Sealed:
         self._answers = os.fdopen(answer, encoding="utf-8", errors="replace")
         self._ask(self._setup)
 
-    def segment(self, image: Path, shape: Sequence[int], affine: np.ndarray, variant: Variant = Variant()) -> Segmented:
+    def prepare(self, image: Path) -> Path:
+        """Nothing: the sealed process does one thing at a time."""
+        return image
+
+    def segment(
+        self, image: Path | Prepared, shape: Sequence[int], affine: np.ndarray, variant: Variant = Variant()
+    ) -> Segmented:
+        assert isinstance(image, Path)
         if self._process.poll() is not None:
             self._start()  # one study broke it; the others go on
         given, found = self.folder / "image.nii", self.folder / "labels.npy"

@@ -62,14 +62,19 @@ class Bundled:
     signed: Algorithm
     variant: bundle.Variant
     scratch: Path
+    suv: bool = True
+    """PET reaches the network in SUVbw."""
 
     @property
     def algorithm(self) -> Algorithm:
         return self.signed
 
     def labels(self, volume: Volume) -> np.ndarray:
+        from permed_compute.workloads.radiology.pet import as_suv
         from permed_compute.workloads.radiology.segment import write_image
 
+        if self.suv and volume.modality == "PT":
+            volume, _ = as_suv(volume)
         image = self.scratch / "network.nii"
         write_image(volume, image)
         try:
@@ -125,7 +130,7 @@ def load(spec: JobSpec, ctx: Context, params: Mapping[str, Any]) -> Network:
     label = segments[0].label if len(segments) == 1 else name
     signed = outputs.Algorithm(name, version, checked.digest, text, label[:16], segments)
     variant = bundle.Variant(params["variant"], "", params["tolerance"])
-    return Bundled(runner, signed, variant, ctx.scratch)
+    return Bundled(runner, signed, variant, ctx.scratch, params["pet"] == "suv")
 
 
 def digest(spec: JobSpec, ctx: Context, params: Mapping[str, Any]) -> str:

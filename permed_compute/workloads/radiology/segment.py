@@ -5,6 +5,8 @@
 `params` of the job:
     bundle_digest      ''             refuse another bundle than this; the job's result names the digest
     modalities         [CT]           series of other modalities are passed over with a finding
+    pet                suv            PT series reach the network in SUVbw, refused where the tags do not allow it;
+                                      `stored` keeps activity
     accept_incomplete  false          compute also where the numbering suggests that slices are missing at an end
     segments           []             of label 1, 2 …: {label: Spleen, code: [78961009, SCT, Spleen]}; [] writes no SEG
     weights            [models/model.pt]    several are an ensemble: the mean of their logits
@@ -35,11 +37,11 @@ import numpy as np
 from permed_compute.errors import Finding, Problem, SpecError, WorkloadError
 from permed_compute.spec import JobSpec, parse_memory
 from permed_compute.workloads.port import Context, DonePart, Map, Next, Part, PartResult, Result
-from permed_compute.workloads.radiology import bundle, infer, precision, read
+from permed_compute.workloads.radiology import bundle, infer, pet, precision, read
 from permed_compute.workloads.radiology.read import Series, Volume
 
 SEG, NIFTI, OVERLAY = "segmentation.dcm", "labels.nii.gz", "overlay.png"
-VERSION = "1"
+VERSION = "2"
 BUNDLE = "bundle"
 _CALIBRATE = "calibrate"
 _BYTES_PER_VOXEL = 8
@@ -72,6 +74,7 @@ def _listed(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
 _CHOICES = (*precision.VARIANTS, "auto")
 _PARAMS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "bundle_digest": ("", lambda v: isinstance(v, str) and len(v) in (0, 64), "a SHA-256"),
+    "pet": ("suv", lambda v: v in ("suv", "stored"), "suv or stored"),
     "modalities": (["CT"], lambda v: _listed(read.VOLUME_MODALITIES.__contains__)(v) and bool(v), "modalities"),
     "accept_incomplete": (False, lambda v: isinstance(v, bool), "true or false"),
     "segments": ([], _listed(_is_segment), "a list of {label, code: [value, scheme, meaning]}"),
@@ -131,7 +134,8 @@ def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part
             inputs=series.inputs,
             params={
                 "step": "segment", **common, "variant": chosen["variant"], "machine": chosen["machine"],
-                "modalities": list(params["modalities"]), "accept_incomplete": params["accept_incomplete"],
+                "modalities": list(params["modalities"]), "pet": params["pet"],
+                "accept_incomplete": params["accept_incomplete"],
                 "segments": [dict(row) for row in params["segments"]],
             },
             sources=series.sources,
@@ -179,9 +183,11 @@ class Study:
     image: Path
     """The volume as NIfTI in the worker's scratch folder: what bundles' own loading transforms read."""
     release: Callable[[], Any] = field(init=False)
+    prepared: Path | bundle.Prepared = field(init=False)
 
     def __post_init__(self) -> None:
         self.release = weakref.finalize(self, _let_go, self.size, self.image)
+        self.prepared = self.image
 
 
 def _let_go(size: int, image: Path) -> None:
@@ -203,6 +209,8 @@ def load(part: Part, ctx: Context) -> Any:
             volume = read.assemble(series, ctx.threads)
         advice = "Write the modality that the bundle was made for under `params: {modalities: …}`."
         infer.refuse_unsuitable(series, volume, part.params["modalities"], part.params["accept_incomplete"], advice)
+        if volume.modality == "PT" and part.params["pet"] == "suv":
+            volume, _ = pet.as_suv(volume)
         with ctx.stage("prepare"):
             write_image(volume, image)
     except BaseException:
@@ -226,24 +234,55 @@ def write_image(volume: Volume, path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ run
 
 
-def run(data: Any, model: bundle.Runner, ctx: Context) -> PartResult:
-    """Labels on the source's voxels, as NIfTI, as SEG where the segments are named, and as a picture."""
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A study and its labels, on their way into files."""
+
+    study: Study
+    done: bundle.Segmented
+    sealed: bool
+
+
+def prepare(data: Any, model: bundle.Runner, ctx: Context) -> Any:
+    """The bundle's own preprocessing, while another study is in the network."""
+    if isinstance(data, Study):
+        with ctx.stage("prepare"):
+            data.prepared = model.prepare(data.image)
+    return data
+
+
+def run(data: Any, model: bundle.Runner, ctx: Context) -> Any:
+    """Labels on the source's voxels: a part's `Answered`, or the result of the measurement."""
     if not isinstance(data, Study):
         with ctx.stage("calibrate"):
             return PartResult(dict(model.calibrate(data.params["tolerance"])))
+    params, volume = data.part.params, data.volume
+    variant = bundle.Variant(params["variant"], params["machine"], params["tolerance"])
     try:
-        return _segment(data, model, ctx)
-    finally:
+        with ctx.stage("infer"):
+            done = model.segment(data.prepared, volume.array.shape, volume.affine_ras, variant)
+    except BaseException:
         data.release()
+        raise
+    finally:
+        data.prepared = data.image  # its memory goes before the labels are written
+    return Answered(data, done, model.is_sealed)
 
 
-def _segment(study: Study, model: bundle.Runner, ctx: Context) -> PartResult:
+def finish(done: Any, ctx: Context) -> PartResult:
+    """Labels as NIfTI, as SEG where the segments are named, and as a picture, while the next study is computed."""
+    if isinstance(done, PartResult):
+        return done
+    try:
+        return _written(done, ctx)
+    finally:
+        done.study.release()
+
+
+def _written(answered: Answered, ctx: Context) -> PartResult:
     from permed_compute.workloads.radiology import outputs
 
-    volume, params = study.volume, study.part.params
-    variant = bundle.Variant(params["variant"], params["machine"], params["tolerance"])
-    with ctx.stage("infer"):
-        done = model.segment(study.image, volume.array.shape, volume.affine_ras, variant)
+    done, volume, params = answered.done, answered.study.volume, answered.study.part.params
     most = int(done.labels.max(initial=0))
     if most > 255:
         raise WorkloadError(f"The bundle gave label {most}; results hold 255.", remedy="Split the bundle's classes.")
@@ -259,7 +298,7 @@ def _segment(study: Study, model: bundle.Runner, ctx: Context) -> PartResult:
         "shape": [int(length) for length in volume.array.shape],
         "spacing_mm": [round(length, 6) for length in volume.spacing],
         "series": volume.series, "modality": volume.modality, "device": ctx.device, "variant": params["variant"],
-        "sealed": model.is_sealed, "streamed": done.streamed, "windows": list(done.windows),
+        "sealed": answered.sealed, "streamed": done.streamed, "windows": list(done.windows),
         "network_s": round(done.network_s, 4), "findings": [finding.code for finding in volume.findings],
     }  # fmt: skip
     findings = [*volume.findings]
@@ -331,5 +370,6 @@ def model_digest(spec: JobSpec, ctx: Context) -> str:
 
 
 WORKLOAD = Map(
-    plan=plan, model=load_model, load=load, run=run, reduce=reduce, model_digest=model_digest, version=VERSION
-)
+    plan=plan, model=load_model, load=load, prepare=prepare, run=run, finish=finish, reduce=reduce,
+    model_digest=model_digest, version=VERSION,
+)  # fmt: skip

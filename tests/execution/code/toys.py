@@ -56,6 +56,32 @@ def total(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) -
 squares = Map(plan=plan, run=run, reduce=total)
 
 
+def _named(part: Part, model: str, ctx: Context) -> tuple[int, str]:
+    return part.params["n"], model
+
+
+def _alone(data: tuple[int, str], model: str, ctx: Context) -> tuple[int, str]:
+    tally = Path(ctx.spec.params["tally"])
+    (tally / "running").touch(exist_ok=False)  # fails where another part runs
+    (tally / f"begun-{data[0]}").touch()
+    time.sleep(0.05)
+    (tally / "running").unlink()
+    return data
+
+
+def _when_another_runs(done: tuple[int, str], ctx: Context) -> PartResult:
+    others = lambda: [*Path(ctx.spec.params["tally"]).glob("begun-*")]  # noqa: E731
+    deadline = time.monotonic() + 30
+    while len(others()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return PartResult({"square": done[0] ** 2, "model": done[1], "others": len(others())})
+
+
+stages = Map(
+    plan=plan, model=lambda spec, ctx: "the model", prepare=_named, run=_alone, finish=_when_another_runs, reduce=total
+)
+
+
 def _add_up(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) -> Result | Next:
     so_far = state.get("sum", 0) + sum(done.values["n"] for done in results)
     rounds = state.get("rounds", 0) + 1

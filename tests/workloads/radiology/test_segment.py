@@ -15,11 +15,12 @@ from pydicom import dcmread
 from permed_compute.errors import RefusedInput, SpecError, WorkloadError
 from permed_compute.spec import DataRef, JobSpec
 from permed_compute.testing.context import LocalContext, run_map
-from permed_compute.workloads.radiology import bundle, segment
+from permed_compute.workloads.radiology import bundle, pet, segment
 from permed_compute.workloads.radiology.segment import NIFTI, OVERLAY, SEG, WORKLOAD, Budget, params_of
 
 from .bundles import config, write_bundle
 from .made import load, write
+from .test_pet import edit as pet_edit
 
 SEGMENTS = [{"label": name, "code": [str(n), "99PERMED", name]} for n, name in enumerate(("One", "Two"), 1)]
 
@@ -68,6 +69,21 @@ def test_without_codes_there_is_no_seg(tmp_path, root):
     write(tmp_path / "in")
     (item,) = run_map(WORKLOAD, spec(tmp_path / "in", root), tmp_path / "w").done
     assert not (item.folder / SEG).exists() and (item.folder / NIFTI).exists()
+
+
+def test_pet_reaches_the_network_in_suv_unless_the_job_says_otherwise(tmp_path, root):
+    write(tmp_path / "in", edit=pet_edit())
+    activity = load(tmp_path / "in")
+    for how, expected in (({}, pet.as_suv(activity)[0].array), ({"pet": "stored"}, activity.array)):
+        job = spec(tmp_path / "in", root, modalities=["PT"], **how)
+        ctx = LocalContext(tmp_path / "w", job)
+        (part,) = segment.plan(job, {}, ctx)
+        study = segment.load(part, ctx)
+        assert np.array_equal(np.asarray(nibabel.load(study.image).dataobj), expected)
+        study.release()
+    write(tmp_path / "untold", edit=pet_edit(change={"PatientWeight": None}))
+    outcome = run_map(WORKLOAD, spec(tmp_path / "untold", root, modalities=["PT"]), tmp_path / "u")
+    assert [error.finding.code for error in outcome.failures.values()] == ["PET_NO_WEIGHT"]
 
 
 def test_a_bad_series_fails_alone_and_gives_its_memory_back(tmp_path, root):
