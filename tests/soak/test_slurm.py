@@ -152,7 +152,7 @@ def test_what_is_longer_than_its_limit_is_a_chain(
     slurm: SlurmCluster, login: Login, tmp_path: Path, workload: str, params: dict[str, Any]
 ) -> None:
     """Slurm's warning comes before the limit; the job goes on from its checkpoint without anybody looking."""
-    file = job_file(tmp_path, TOYS, workload, time_limit="2m", continuations=4, params=params,
+    file = job_file(tmp_path, TOYS, workload, time_limit="2m", continuations=20, params=params,
                     resources={"cpus": 1, "memory": "2GiB"})  # fmt: skip
     job_id = login("submit", str(file), "--site", str(slurm.site_file()))[0]["id"]
     number = login.slurm_job(job_id)
