@@ -69,7 +69,7 @@ class Quality:
     @property
     def mito_percent(self) -> np.ndarray:
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.nan_to_num(100 * self.row_mito / self.row_sum)
+            return np.asarray(np.nan_to_num(100 * self.row_mito / self.row_sum))
 
 
 # --------------------------------------------------------------------------------------------- moments
@@ -89,13 +89,13 @@ class Moments:
 
     @property
     def mean(self) -> np.ndarray:
-        return self.total / np.maximum(self.rows, 1)
+        return np.asarray(self.total / np.maximum(self.rows, 1))
 
     @property
     def variance(self) -> np.ndarray:
         """Unbiased; 0 of a single row."""
         spread = self.square - self.rows * self.mean**2
-        return np.maximum(spread, 0) / np.maximum(self.rows - 1, 1)
+        return np.asarray(np.maximum(spread, 0) / np.maximum(self.rows - 1, 1))
 
 
 def moments(block: Any, factor: np.ndarray, kind: str) -> Moments:
