@@ -25,7 +25,7 @@ _BAND_BYTES = 1 << 18
 
 
 def _compiled(**more: Any) -> Callable[[Kernel], Kernel]:
-    """Once per machine; per process where no folder for compiled code can be written (a sealed one, a container)."""
+    """Once per machine; per process where no folder for compiled code can be written (a container)."""
 
     def decorate(function: Kernel) -> Kernel:
         try:

@@ -33,6 +33,8 @@ from pathlib import Path
 
 from permed_compute.errors import EngineError
 
+MARK = "PERMED_SEALED"
+"""In the environment of a sealed process."""
 UNSEALED = 97
 """Exit status: the process could not seal itself; nothing was run."""
 
@@ -176,7 +178,8 @@ def environment(folder: Path, threads: int) -> dict[str, str]:
     kept = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH") if name in os.environ}
     threading = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     places = {name: str(folder) for name in ("HOME", "TMPDIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")}
-    return {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", **kept, **threading, **places}
+    marks = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", MARK: "1"}
+    return {**marks, **kept, **threading, **places}
 
 
 def cannot(log: Path) -> EngineError:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from permed_compute.errors import WorkloadError
+from permed_compute.workloads.radiology.sealed import MARK
 
 if TYPE_CHECKING:
     import torch
@@ -226,8 +227,11 @@ def _predicted(predict: Predict, image: Tensor, places: Sequence[tuple[int, ...]
 
 @cache
 def _kernels(device: str) -> Any:
-    """The compiled way on a CPU; None elsewhere, and where Numba is not installed: torch does the same, slower."""
-    if device != "cpu":
+    """The compiled way on a CPU; None elsewhere, and where Numba is not installed: torch does the same, slower.
+
+    Nor in a sealed process: it could not keep what it compiles, and compiling takes longer than many a study.
+    """
+    if device != "cpu" or os.environ.get(MARK):
         return None
     try:
         from permed_compute.workloads.radiology import kernels
