@@ -377,7 +377,7 @@ def test_shell_over_tiles_is_what_monai_makes_of_one_piece(shared_data, tmp_path
     from PIL import Image
 
     with Reader(open_slide(shared_data / "pathology" / "CMU-1-Small-Region.svs")) as reader:
-        image = reader.read(1.0, 300, 300, (640, 560))
+        image = reader.read(1.0, 300, 500, (600, 400))
     Image.fromarray(image).save(tmp_path / "part.png")
     model = {"shipped": "lavlab-shell", "window": 256, "overlap": 0.25}
     outcome = run_map(segment.WORKLOAD, spec(tmp_path / "part.png", model=model, mpp=1.0, tile=512), tmp_path / "w")
