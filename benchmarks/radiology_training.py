@@ -113,7 +113,7 @@ class _Rig:
 
         torch.manual_seed(self._epochs)
         self._epochs += 1
-        model, optimizer = net(8, 16)
+        model, optimizer = net(large=False)
         began, seen = time.perf_counter(), 0
         for batch in batches:
             seen += _step(model, optimizer, batch, self.patch)
@@ -126,7 +126,7 @@ class _Rig:
 
     def steps(self, *, kept: bool) -> float:
         """Steps per second of a network that is the larger part."""
-        model, optimizer = net(16, 32, 64)
+        model, optimizer = net(large=True)
         batches: Iterable[Any] = self.ours()
         if kept:
             batches = self._once("kept", lambda: list(self.ours()))
@@ -288,22 +288,23 @@ def _niftis(scans: list[dict[str, np.ndarray]]) -> list[dict[str, str]]:
 
 
 @cache
-def _weights(channels: tuple[int, ...]) -> Any:
+def _weights(large: bool) -> Any:
     import torch
-    from monai.networks.nets import UNet
+    from monai.networks.nets import SegResNet, UNet
 
     torch.manual_seed(0)
-    strides = (2,) * (len(channels) - 1)
-    return UNet(spatial_dims=3, in_channels=1, out_channels=2, channels=channels, strides=strides, norm="instance")
+    if large:
+        return SegResNet(spatial_dims=3, init_filters=8, in_channels=1, out_channels=2)
+    return UNet(spatial_dims=3, in_channels=1, out_channels=2, channels=(8, 16), strides=(2,), norm="instance")
 
 
-def net(*channels: int) -> tuple[Any, Any]:
-    """The same weights each time, and their optimiser."""
+def net(*, large: bool) -> tuple[Any, Any]:
+    """The same weights each time, and their optimiser. large: convolves at full resolution, as nnU-Net's do."""
     import copy
 
     import torch
 
-    model = copy.deepcopy(_weights(channels))
+    model = copy.deepcopy(_weights(large))
     return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
