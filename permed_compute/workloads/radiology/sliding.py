@@ -442,7 +442,7 @@ class _Waiting:
 
     def _place(self, c: int, k: int, row: int) -> int:
         _, planes, _, width = self._sums.shape
-        return 4 * width * (self._height * (c * planes + k) + row)
+        return int(4 * width * (self._height * (c * planes + k) + row))
 
     def __del__(self) -> None:
         os.close(self._file)
