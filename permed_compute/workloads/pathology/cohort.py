@@ -272,7 +272,7 @@ class Bags:
         counts = [self.counts[slide.name] for slide in slides]
         total = sum(counts)
         if not self.most or total <= self.most:
-            return index, np.concatenate([tiles_of(slide, encoder=self.encoder).values for slide in slides])
+            return index, _joined([tiles_of(slide, encoder=self.encoder).values for slide in slides])
         import torch
 
         chosen = np.sort(torch.randperm(total)[: self.most].numpy())  # in order: pages are read once
@@ -282,4 +282,9 @@ class Bags:
             if len(own):
                 parts.append(tiles_of(slide, encoder=self.encoder).values[own])
             first += count
-        return index, np.concatenate(parts)
+        return index, _joined(parts)
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """What is one already is not copied: it may be mapped, and is copied into its batch anyway."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -45,15 +45,17 @@ def _closed(ring: np.ndarray) -> list[list[float]]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that adds a feature to the FeatureCollection, which becomes `path` when the block ends well."""
+def writing(path: Path) -> Iterator[Callable[[Mapping[str, Any] | str], None]]:
+    """A function that adds a feature, or its JSON on one line, to the FeatureCollection, which becomes `path` when the
+    block ends well."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
         before = "\n"
 
-        def write(item: Mapping[str, Any]) -> None:
+        def write(item: Mapping[str, Any] | str) -> None:
             nonlocal before
-            file.write(before + json.dumps(item, separators=(",", ":"), ensure_ascii=False))
+            text = item if isinstance(item, str) else json.dumps(item, separators=(",", ":"), ensure_ascii=False)
+            file.write(before + text)
             before = ",\n"
 
         yield write

@@ -138,10 +138,10 @@ class Padded:
         import torch
 
         most = max(len(values) for _, values in bags)
-        x = np.zeros((len(bags), most, bags[0][1].shape[1]), np.float16)
+        x = np.empty((len(bags), most, bags[0][1].shape[1]), np.float16)
         mask = np.zeros((len(bags), most), bool)
         for k, (_, values) in enumerate(bags):
-            x[k, : len(values)], mask[k, : len(values)] = values, True
+            x[k, : len(values)], x[k, len(values) :], mask[k, : len(values)] = values, 0, True
         rows = [index for index, _ in bags]
         own = {name: torch.from_numpy(values[rows]) for name, values in self.targets.items()}
         return {"x": torch.from_numpy(x), "mask": torch.from_numpy(mask), **own}

@@ -108,7 +108,10 @@ def test_a_heatmap_opens_elsewhere(outcome: Outcome) -> None:
         x, y = row["geometry"]["coordinates"][0][0]
         value = row["properties"]["measurements"][heatmap.RELATIVE]
         assert grid[y // 64, x // 64] == pytest.approx(value, abs=1e-3)
-        assert row["properties"]["objectType"] == "tile"
+        said = row["properties"]
+        ring = np.array(row["geometry"]["coordinates"][0][:-1])
+        colour = said["classification"]["color"]
+        assert row == geojson.feature([ring], "tile", "Attention", colour, said["measurements"])
     [scale] = group.attrs["ome"]["multiscales"][0]["datasets"][0]["coordinateTransformations"]
     assert scale["scale"] == [32.0, 32.0]  # µm: 64 pixels of 0.5
     with Image.open(item.folder / f"{name}{heatmap.PNG}") as picture:
