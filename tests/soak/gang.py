@@ -127,6 +127,8 @@ class Run:
         job = self.queue.job(self.notes["job"])
         if job.state is JobState.PREEMPTING:  # the last piece was ended while it was holding the job
             job = self.work(job, ended)
+        if job.state in (JobState.LAUNCHING, JobState.RUNNING):  # it was killed: its attempt went with its Ray
+            job = self.work(job, lambda now, was=job.attempt: ended(now) or now.attempt > was)
         return self.operator.resume(job.id) if job.state is JobState.HELD else job
 
     def strike(self, job: Job, number: int) -> Job:
