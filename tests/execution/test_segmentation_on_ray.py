@@ -19,7 +19,8 @@ from permed_compute.testing.execution import Toys, wait_for
 from permed_compute.workloads import registry
 from tests.workloads.pathology.made import write
 
-pytestmark = pytest.mark.ray
+# A kill that changes no byte is in make test for encoding (test_slides_on_ray); this one takes 27 s more.
+pytestmark = [pytest.mark.ray, pytest.mark.soak]
 
 SLOW = """
 import time
