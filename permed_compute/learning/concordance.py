@@ -1,8 +1,7 @@
-"""Of two people, does the one who should score higher do so? One form of AUROC and of Harrell's and Uno's C.
+"""Of two people, does the one who should score higher do so? One form of Harrell's and Uno's C.
 
 Each is a weighted share of pairs (i, j) in which i should score higher than j; a tie counts half:
 
-    AUROC       i is of the class, j is not                                     weight 1
     Harrell C   i had the event at t_i, j was then still without it             weight 1
     Uno C       the same                                                        1 / G(t_i)², G: not yet censored
 
@@ -74,10 +73,3 @@ def shares(pairs: Pairs, score: np.ndarray, counts: np.ndarray) -> np.ndarray:
         above += (counts[:, rows] * (counts @ (weight * wins).T)).sum(1)
         all_of_them += (counts[:, rows] * (counts @ weight.T)).sum(1)
     return np.asarray(np.divide(above, all_of_them, out=np.full(len(counts), np.nan), where=all_of_them > 0))
-
-
-def auroc(is_class: np.ndarray, score: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate | None:
-    """is_class: (n,) bool, score: (n,), one row a person. None where all or none are of the class."""
-    own = np.asarray(is_class, bool)
-    weight: Pairs = lambda rows: (own[rows, None] & ~own).astype(float)  # noqa: E731 - a function of one expression
-    return concordance(weight, np.asarray(score, float), draws(len(own), seed, resamples))

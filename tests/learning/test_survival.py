@@ -120,16 +120,6 @@ def test_the_interval_is_of_the_figure_itself_on_people_drawn_anew() -> None:
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(told, [0.025, 0.975])))
 
 
-def test_auroc_is_scikit_learns() -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
-    chance = np.random.default_rng(6)
-    truth = chance.random(80) < 0.4
-    score = np.round(chance.normal(size=80) + truth, 1)
-    found = concordance.auroc(truth, score, resamples=200)
-    assert found.value == pytest.approx(metrics.roc_auc_score(truth, score)) and found.low < found.value < found.high
-    assert concordance.auroc(np.ones(5, bool), np.arange(5)) is None
-
-
 def test_a_curve_of_a_cox_risk_is_breslows() -> None:
     coxph = pytest.importorskip("sksurv.linear_model.coxph")
     outcomes, risk = people(8)

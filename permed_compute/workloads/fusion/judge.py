@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from permed_compute.learning import concordance, survival
+from permed_compute.learning import classification, concordance, survival
 from permed_compute.learning.concordance import Estimate
 from permed_compute.workloads.fusion.people import Cohort
 
@@ -97,7 +97,7 @@ class _Measured:
             truth = self.truth[rows]
             counts = concordance.draws(len(rows), self.seed, self.resamples)
             return {
-                AUROC: concordance.auroc(truth, score, seed=self.seed, resamples=self.resamples),
+                AUROC: concordance.estimate(classification.auroc(truth, score, counts)),
                 BRIER: concordance.estimate(counts @ (score - truth) ** 2 / counts.sum(axis=1)),
             }
         curve = self.answers.curves[view][:, rows].mean(axis=0) if view in self.answers.curves else None
@@ -112,10 +112,7 @@ class _Measured:
                 self.cohort.outcomes.of(rows), first, second, seed=self.seed, resamples=self.resamples
             )
         own, counts = self.truth[rows], concordance.draws(len(rows), self.seed, self.resamples)
-        one, other = (
-            concordance.shares(lambda at: (own[at, None] & ~own).astype(float), score, counts)
-            for score in (first, second)
-        )
+        one, other = (classification.auroc(own, score, counts) for score in (first, second))
         return concordance.estimate(one - other)
 
     def importance(self, name: str) -> dict[str, Any]:
@@ -133,10 +130,9 @@ class _Measured:
 
     def _lead(self, rows: np.ndarray, score: np.ndarray) -> float:
         if self.cohort.outcomes is None:
-            told = concordance.auroc(self.truth[rows], score[rows], resamples=0)
-        else:
-            own = self.cohort.outcomes.of(rows)
-            told = survival.scores(own, own, score[rows], resamples=0)[survival.HARRELL]
+            return float(classification.auroc(self.truth[rows], score[rows], np.ones((1, len(rows))))[0])
+        own = self.cohort.outcomes.of(rows)
+        told = survival.scores(own, own, score[rows], resamples=0)[survival.HARRELL]
         return float("nan") if told is None else told.value
 
 
