@@ -111,6 +111,16 @@ class LocalContext:
         return get(*args, **kwargs)
 
 
+class StopAfter(LocalContext):
+    """Asked to stop when it is asked for the `left`-th time: a training preempted at a step of the test's choice."""
+
+    left = 0
+
+    def should_stop(self) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How `run_map` ended: the job's result, its parts, and the error of each that failed, by part name."""

@@ -19,7 +19,7 @@ from permed_compute.learning import randomness, snapshot  # noqa: E402
 from permed_compute.learning.order import Order  # noqa: E402
 from permed_compute.learning.training import DeviceMemoryError, Pace, Recipe, Trained, digest, fit, fitting  # noqa: E402
 from permed_compute.spec import JobSpec  # noqa: E402
-from permed_compute.testing.context import LocalContext  # noqa: E402
+from permed_compute.testing.context import StopAfter  # noqa: E402
 
 SPEC = JobSpec(name="training", workload="a:b", seed=3)
 
@@ -42,18 +42,8 @@ class Randomizable:
         self.R = np.random.RandomState(5)
 
 
-class Until(LocalContext):
-    """Asked to stop after so many steps."""
-
-    left = 0
-
-    def should_stop(self) -> bool:
-        self.left -= 1
-        return self.left == 0
-
-
 def train(root: Path, left: int = 0, batch: int = 4, **pace: Any) -> Trained | None:
-    ctx = Until(root, SPEC)
+    ctx = StopAfter(root, SPEC)
     ctx.left = left
     randomness.seed_all(9)
     source = Randomizable()

@@ -13,7 +13,7 @@ from permed_compute.errors import RefusedInput, WorkloadError  # noqa: E402
 from permed_compute.paths import read_json  # noqa: E402
 from permed_compute.spec import JobSpec  # noqa: E402
 from permed_compute.storage.matrices import MatrixStore  # noqa: E402
-from permed_compute.testing.context import LocalContext  # noqa: E402
+from permed_compute.testing.context import StopAfter  # noqa: E402
 from permed_compute.workloads.omics import factors, vae  # noqa: E402
 
 from .made import job, named  # noqa: E402
@@ -42,19 +42,11 @@ def store(tmp_path_factory):
     return outcome.context.out, kind
 
 
-class Until(LocalContext):
-    left = 0
-
-    def should_stop(self) -> bool:
-        self.left -= 1
-        return self.left == 0
-
-
 def trained(root, place, left=0, **params):
     spec = JobSpec(
         name="vae", workload="omics/vae", inputs=(named("matrices", place),), params={**SMALL, **params}, seed=5
     )
-    ctx = Until(root, spec)
+    ctx = StopAfter(root, spec)
     ctx.left = left
     return vae.train(spec, ctx), ctx
 

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 from permed_compute.errors import RefusedInput, SpecError, WorkloadError  # noqa: E402
 from permed_compute.spec import JobSpec  # noqa: E402
-from permed_compute.testing.context import LocalContext  # noqa: E402
+from permed_compute.testing.context import LocalContext, StopAfter  # noqa: E402
 from permed_compute.workloads.pathology import mil_bundle, train  # noqa: E402
 from permed_compute.workloads.port import Result  # noqa: E402
 
@@ -23,16 +23,6 @@ SMALL: dict[str, Any] = {
     "hidden": 16, "attention": 8, "epochs": 20, "patience": 0, "batch": 8, "learning_rate": 0.005, "tiles": 30,
     "test": 0.4,
 }  # fmt: skip
-
-
-class Until(LocalContext):
-    """Asked to stop after so many steps."""
-
-    left = 0
-
-    def should_stop(self) -> bool:
-        self.left -= 1
-        return self.left == 0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,12 +40,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> bags.Made:
 
 def run(
     root: Path, made: bags.Made, left: int = 0, table: Path | None = None, **params: Any
-) -> tuple[Result | None, Until]:
+) -> tuple[Result | None, StopAfter]:
     inputs = [
         {"name": "cohort", "path": str(table or made.table)}, {"name": "features", "path": str(made.features)},
     ]  # fmt: skip
     spec = JobSpec(name="t", workload="pathology/train-mil", inputs=inputs, params={**SMALL, **params}, seed=3)
-    ctx = Until(root, spec, threads=1)
+    ctx = StopAfter(root, spec, threads=1)
     ctx.left = left
     return train.WORKLOAD.train(spec, ctx), ctx
 

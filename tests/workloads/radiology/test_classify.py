@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 from permed_compute.errors import RefusedInput, SpecError, WorkloadError  # noqa: E402
 from permed_compute.spec import JobSpec  # noqa: E402
-from permed_compute.testing.context import LocalContext  # noqa: E402
+from permed_compute.testing.context import LocalContext, StopAfter  # noqa: E402
 from permed_compute.workloads.port import Result  # noqa: E402
 from permed_compute.workloads.radiology import bundle, classify, nifti, phantoms, supervised  # noqa: E402
 
@@ -23,16 +23,6 @@ NETWORK = {
     "norm": ["group", {"num_groups": 2}],
 }  # fmt: skip
 SMALL: dict[str, Any] = {"size": 20, "batch": 4, "epochs": 3, "learning_rate": 0.01, "network": NETWORK}
-
-
-class Until(LocalContext):
-    """Asked to stop after so many steps."""
-
-    left = 0
-
-    def should_stop(self) -> bool:
-        self.left -= 1
-        return self.left == 0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,18 +38,18 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return phantoms.write(tmp_path_factory.mktemp("studies"), 20, edge=20, studies=True)
 
 
-def run(root: Path, dataset: Path, left: int = 0, seed: int = 5, **params: Any) -> tuple[Result | None, Until]:
+def run(root: Path, dataset: Path, left: int = 0, seed: int = 5, **params: Any) -> tuple[Result | None, StopAfter]:
     inputs = [{"name": "dataset", "path": str(dataset)}]
     spec = JobSpec(
         name="t", workload="radiology/train-classification", inputs=inputs, params={**SMALL, **params}, seed=seed
     )
-    ctx = Until(root, spec, threads=1)
+    ctx = StopAfter(root, spec, threads=1)
     ctx.left = left
     return classify.WORKLOAD.train(spec, ctx), ctx
 
 
 @pytest.fixture(scope="module")
-def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Until]:
+def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, StopAfter]:
     result, ctx = run(tmp_path_factory.mktemp("whole"), dataset)
     assert result is not None
     return result, ctx

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from permed_compute.errors import RefusedInput, SpecError, WorkloadError  # noqa: E402
 from permed_compute.learning.best import Best  # noqa: E402
 from permed_compute.spec import JobSpec  # noqa: E402
-from permed_compute.testing.context import LocalContext  # noqa: E402
+from permed_compute.testing.context import StopAfter  # noqa: E402
 from permed_compute.workloads.port import Result  # noqa: E402
 from permed_compute.workloads.radiology import bundle, nifti, phantoms, splits, supervised, train  # noqa: E402
 from permed_compute.workloads.radiology.patches import Case  # noqa: E402
@@ -27,27 +27,17 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Until(LocalContext):
-    """Asked to stop after so many steps."""
-
-    left = 0
-
-    def should_stop(self) -> bool:
-        self.left -= 1
-        return self.left == 0
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return phantoms.write(tmp_path_factory.mktemp("phantoms"), 12, edge=20)
 
 
-def run(root: Path, dataset: Path, left: int = 0, seed: int = 5, **params: Any) -> tuple[Result | None, Until]:
+def run(root: Path, dataset: Path, left: int = 0, seed: int = 5, **params: Any) -> tuple[Result | None, StopAfter]:
     inputs = [{"name": "dataset", "path": str(dataset)}]
     spec = JobSpec(
         name="t", workload="radiology/train-segmentation", inputs=inputs, params={**SMALL, **params}, seed=seed
     )
-    ctx = Until(root, spec, threads=1)
+    ctx = StopAfter(root, spec, threads=1)
     ctx.left = left
     return train.WORKLOAD.train(spec, ctx), ctx
 
@@ -61,7 +51,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Until]:
+def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, StopAfter]:
     result, ctx = run(tmp_path_factory.mktemp("whole"), dataset)
     assert result is not None
     return result, ctx
