@@ -33,7 +33,7 @@ def test_eight_busy_processes_get_no_more_than_the_job_was_granted(ray_executor:
     assert len(cores_of(attempt)) == 1
     assert value_of(ray_toys, attempt, "cores") == cores_of(attempt)
     used = value_of(ray_toys, attempt, "cpu_s") / value_of(ray_toys, attempt, "wall_s")
-    assert used < 1.1  # eight of them, unheld, would take every core of the machine
+    assert used < 1.5  # unheld they take 2 of two cores; time and CPU time are not read at the same moment
     assert ray_executor.end(attempt)
 
 
