@@ -84,25 +84,44 @@ def run(
     facts: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Any]:
-    """Measure every case of these modules (by name). `facts` (machine, versions, commit) are kept with the figures."""
-    return {
+    """Measure every case of these modules (by name). `facts` (machine, versions, commit) are kept with the figures.
+
+    A KeyboardInterrupt ends it with what was measured so far and `interrupted: true`.
+    """
+    report = {
         "schema": SCHEMA,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "quick": quick,
         "repeats": repeats,
         **(facts or {}),
-        "benchmarks": [_benchmark(name, module, quick, repeats, say) for name, module in modules.items()],
+        "interrupted": False,
+        "benchmarks": [],
     }
+    try:
+        for name, module in modules.items():
+            row = {"name": name, "title": module.TITLE, "why": module.WHY, "groups": [], "error": ""}
+            report["benchmarks"].append(row)
+            _benchmark(row, module, quick, repeats, say)
+    except KeyboardInterrupt:
+        report["interrupted"] = True
+    return report
 
 
-def _benchmark(name: str, module: ModuleType, quick: bool, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
-    report: dict[str, Any] = {"name": name, "title": module.TITLE, "why": module.WHY, "groups": [], "error": ""}
+def _benchmark(
+    report: dict[str, Any], module: ModuleType, quick: bool, repeats: int, say: Callable[[str], None]
+) -> None:
+    """Its groups into `report` as they are measured."""
+    name = report["name"]
     cases: list[Case] = []
     try:
         cases = list(module.cases(quick))
         for group in dict.fromkeys(case.group for case in cases):
             members = [case for case in cases if case.group == group]
-            report["groups"].append(_group(group, members, repeats, lambda words: say(f"{name}: {words}")))
+            measuring = _Group(group, members)
+            try:
+                measuring.run(repeats, lambda words: say(f"{name}: {words}"))
+            finally:
+                report["groups"].append(measuring.report())
     except LeftOutError as reason:
         report["left_out"] = str(reason)
     except Exception as error:  # noqa: BLE001 - one benchmark that breaks must not lose the others' figures
@@ -112,40 +131,50 @@ def _benchmark(name: str, module: ModuleType, quick: bool, repeats: int, say: Ca
             if case.close is not None:
                 with suppress(Exception):
                     case.close()
-    return report
 
 
-def _group(group: str, cases: Sequence[Case], repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
-    if len({(case.unit, case.better) for case in cases}) != 1 or len({case.name for case in cases}) != len(cases):
-        raise ValueError(f"The cases of {group!r} must share unit and direction, and differ in name.")
-    readings: dict[str, list[Reading]] = {case.name: [] for case in cases}
-    first: dict[str, float] = {}
-    stopped: dict[str, dict[str, str]] = {}
-    for turn in range(repeats + 1):  # turn 0 warms up and is kept apart
-        for case in _rotated(cases, turn):
-            if case.name in stopped or (case.repeats is not None and turn > case.repeats):
-                continue
-            warm = case.warm if turn == 0 else None
-            say(f"{group}, {case.name}, " + (f"{turn} of {repeats}" if turn else "warm-up"))
-            try:
-                reading = measured(warm or case.measure)
-            except LeftOutError as reason:
-                stopped[case.name] = {"left_out": str(reason)}
-            except Exception as error:  # noqa: BLE001 - said in the report; the other cases go on
-                stopped[case.name] = {"error": f"{error.__class__.__name__}: {error}"}
-            else:
-                if turn:
-                    readings[case.name].append(reading)
-                elif warm is None:
-                    first[case.name] = reading.value
-    rows = [
-        {"name": case.name, "peer": case.peer, "first": first.get(case.name)}
-        | summary(readings[case.name])
-        | stopped.get(case.name, {})
-        for case in cases
-    ]
-    head = {"group": group, "unit": cases[0].unit, "better": cases[0].better, "cases": rows}
-    return head | {"goals": [goal for case in cases if (goal := _goal(case, rows)) is not None]}
+class _Group:
+    """The cases of one group and what was measured of them so far."""
+
+    def __init__(self, name: str, cases: Sequence[Case]) -> None:
+        if len({(case.unit, case.better) for case in cases}) != 1 or len({case.name for case in cases}) != len(cases):
+            raise ValueError(f"The cases of {name!r} must share unit and direction, and differ in name.")
+        self.name, self.cases = name, cases
+        self.readings: dict[str, list[Reading]] = {case.name: [] for case in cases}
+        self.first: dict[str, float] = {}
+        self.stopped: dict[str, dict[str, str]] = {}
+
+    def run(self, repeats: int, say: Callable[[str], None]) -> None:
+        for turn in range(repeats + 1):  # turn 0 warms up and is kept apart
+            for case in _rotated(self.cases, turn):
+                if case.name in self.stopped or (case.repeats is not None and turn > case.repeats):
+                    continue
+                say(f"{self.name}, {case.name}, " + (f"{turn} of {repeats}" if turn else "warm-up"))
+                self._measure(case, turn)
+
+    def _measure(self, case: Case, turn: int) -> None:
+        warm = case.warm if turn == 0 else None
+        try:
+            reading = measured(warm or case.measure)
+        except LeftOutError as reason:
+            self.stopped[case.name] = {"left_out": str(reason)}
+        except Exception as error:  # noqa: BLE001 - said in the report; the other cases go on
+            self.stopped[case.name] = {"error": f"{error.__class__.__name__}: {error}"}
+        else:
+            if turn:
+                self.readings[case.name].append(reading)
+            elif warm is None:
+                self.first[case.name] = reading.value
+
+    def report(self) -> dict[str, Any]:
+        rows = [
+            {"name": case.name, "peer": case.peer, "first": self.first.get(case.name)}
+            | summary(self.readings[case.name])
+            | self.stopped.get(case.name, {})
+            for case in self.cases
+        ]
+        head = {"group": self.name, "unit": self.cases[0].unit, "better": self.cases[0].better, "cases": rows}
+        return head | {"goals": [goal for case in self.cases if (goal := _goal(case, rows)) is not None]}
 
 
 def _rotated(cases: Sequence[Case], turn: int) -> list[Case]:

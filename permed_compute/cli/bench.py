@@ -16,6 +16,7 @@ import typer
 
 from permed_compute.cli.exits import Exit
 from permed_compute.cli.session import Session
+from permed_compute.cli.signals import terminate_like_ctrl_c
 from permed_compute.errors import NotFoundError, SettingsError
 
 # A group with one callback and no commands, so that it mounts like the other nouns and still takes NAME ….
@@ -62,13 +63,17 @@ def _measure(
     from permed_compute.reports.benchmarks import failures, render_benchmark_page
 
     harness = importlib.import_module("benchmarks.harness")
-    report = harness.run(modules, quick=quick, repeats=repeats, facts=_facts(), say=session.note)
+    with terminate_like_ctrl_c():  # what was measured by then is kept
+        report = harness.run(modules, quick=quick, repeats=repeats, facts=_facts(), say=session.note)
     target = out or Path("bench-results") / datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     write_json(target / RESULT, report)
     page = render_benchmark_page(report, target / PAGE)
     broken = failures(report)
     told = [f"[red]{escape(sentence)}[/]" for sentence in broken]
     session.answer(report, *_tables(report), *told, escape(str(page.resolve())))
+    if report["interrupted"]:
+        session.note("interrupted: the figures are of what was measured until then")
+        raise typer.Exit(Exit.INTERRUPTED)
     if broken:
         raise typer.Exit(Exit.FAILED)
 

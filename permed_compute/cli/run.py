@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +13,7 @@ from permed_compute.cli import jobfile, words
 from permed_compute.cli.exits import Exit, of_states
 from permed_compute.cli.jobs import JobsArgument
 from permed_compute.cli.session import Session
+from permed_compute.cli.signals import terminate_like_ctrl_c
 from permed_compute.cli.site import AccountOption, FurtherOption, ImageOption, PartitionOption, QosOption
 from permed_compute.cli.submit import at_site, checked
 from permed_compute.errors import NotFoundError, PermedError, QueueError
@@ -123,7 +122,7 @@ def _answers(client: Client) -> bool:
 def _stay(session: Session, client: Client, ids: list[str]) -> Done:
     from permed_compute.cli.progress import Display
 
-    with _terminate_like_ctrl_c():
+    with terminate_like_ctrl_c():
         try:
             with Display(session, client) as display:
                 jobs = client.wait(ids, display.look)
@@ -157,20 +156,6 @@ def _interrupted(session: Session, client: Client, ids: list[str]) -> Done:
     jobs = [client.service.job(job_id) for job_id in ids]
     through = all(job.state in ENDED for job in jobs)
     return Done(jobs, of_states([job.state for job in jobs]) if through else Exit.INTERRUPTED)
-
-
-@contextmanager
-def _terminate_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM asks for the same as Ctrl-C: nothing left running, and a job that can go on."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # ------------------------------------------------------------------------------------------- the last word

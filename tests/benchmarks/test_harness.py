@@ -52,6 +52,21 @@ def test_groups_keep_their_order_and_units() -> None:
     ]
 
 
+def test_interrupted_it_keeps_what_it_measured() -> None:
+    left = iter(range(3))
+
+    def measure() -> float:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return 1.0
+
+    module = SimpleNamespace(TITLE="Toy", WHY="", cases=lambda quick: [case("done", group="f"), case("cut", measure)])
+    report = run({"toy": module, "later": module}, repeats=5)
+    assert report["interrupted"]
+    [benchmark] = report["benchmarks"]
+    assert [row["n"] for group in benchmark["groups"] for row in group["cases"]] == [5, 2]
+
+
 def test_a_case_that_breaks_and_a_peer_that_is_absent_do_not_stop_the_others() -> None:
     def breaks() -> float:
         raise ZeroDivisionError("no")

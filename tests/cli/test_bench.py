@@ -83,6 +83,16 @@ def test_a_case_that_breaks_ends_with_one_and_the_figures_are_kept(program: type
     assert len(json.loads((toys / "out" / "bench.json").read_text())["benchmarks"]) == 3
 
 
+def test_terminated_it_keeps_what_it_measured(program: typer.Typer, toys: Path) -> None:
+    cut = TOY.format(speed=1).replace("lambda: 8.0", "lambda: os.kill(os.getpid(), signal.SIGTERM)")
+    (toys / "quickly.py").write_text(cut.replace("TITLE", "import os, signal\n\nTITLE"))
+    told = call(program, "bench", "quickly", "--dir", toys, "--out", toys / "out")
+    assert told.exit_code == 130
+    run = json.loads((toys / "out" / "bench.json").read_text())
+    assert run["interrupted"] and run["benchmarks"][0]["groups"][0]["cases"][0]["first"] == 10.0
+    assert "interrupted" in (toys / "out" / "index.html").read_text()
+
+
 def test_compare_prints_ratios_and_verdicts(program: typer.Typer, toys: Path, tmp_path: Path) -> None:
     call(program, "bench", "quickly", "--dir", toys, "--out", tmp_path / "old", "--repeats", "1")
     (toys / "quickly.py").write_text(TOY.format(speed=3))
