@@ -176,7 +176,7 @@ class LocalRay:
         # Port 0 everywhere: Ray takes free ones. No dashboard, autoscaler or log forwarding: nobody here asks them.
         head = ["--head", "--port=0", "--include-dashboard=false", "--no-monitor", f"--temp-dir={self._folder}"]
         return [
-            sys.executable, "-P", "-m", "ray.scripts.scripts", "start",
+            sys.executable, "-P", str(Path(__file__).with_name("raystart.py")), "start",
             *([f"--address={self._join}"] if self._join else head), f"--node-ip-address={self._address}",
             *([f"--labels={self._label}"] if self._label else []), "--dashboard-agent-listen-port=0",
             "--include-log-monitor=false", "--disable-usage-stats",

@@ -73,8 +73,11 @@ def claim_file(paths: AttemptPaths) -> Path:
 
 
 def warning_s(time_limit: int) -> int:
-    """How long before the limit Slurm is to warn: two minutes, or half of a short limit."""
-    return min(120, time_limit // 2)
+    """How long before the limit Slurm is to warn: two minutes, or a quarter of a short limit.
+
+    Slurm looks at limits twice a minute, and warns up to a minute early: half would leave a short limit no time.
+    """
+    return min(120, time_limit // 4)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 """Our quick way to start a Ray worker sets the same variables, hands what it does not know to Ray's own script, and
-starts none for an attempt that has been given up."""
+starts none for an attempt that has been given up; and our quick way to start Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from permed_compute.execution import raysetup
+from permed_compute.execution import raysetup, raystart
 
 SAY = "import json, os, sys; print(json.dumps([os.environ.get('A'), sys.argv[1:], __file__]))"
 
@@ -69,3 +69,10 @@ def test_for_an_attempt_that_was_given_up_nothing_is_started(
     fence.write_text("4")
     done = subprocess.run(command(worker, context, "PYTHON"), capture_output=True, text=True, check=True)
     assert done.stdout == ""
+
+
+def test_ray_is_started_without_the_rest_of_its_command_line() -> None:
+    start = [sys.executable, "-P", "-X", "importtime", raystart.__file__, "start", "--help"]
+    done = subprocess.run(start, capture_output=True, text=True, check=True)
+    assert "--head" in done.stdout
+    assert "ray.scripts.scripts\n" in done.stderr and "ray.serve\n" not in done.stderr
