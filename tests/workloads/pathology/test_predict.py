@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from permed_compute.client import Client, open_client  # noqa: E402
+from permed_compute.errors import ModelRefusedError, StateError  # noqa: E402
 from permed_compute.governance import criteria, judge  # noqa: E402
 from permed_compute.governance.identify import used_by  # noqa: E402
 from permed_compute.learning import evidence  # noqa: E402
-from permed_compute.spec import JobSpec  # noqa: E402
+from permed_compute.paths import HomePaths  # noqa: E402
+from permed_compute.spec import JobSpec, Purpose  # noqa: E402
 from permed_compute.testing.context import LocalContext, Outcome, run_map  # noqa: E402
 from permed_compute.workloads.pathology import geojson, heatmap, predict, train  # noqa: E402
 
@@ -143,6 +148,59 @@ def test_the_gate_reads_what_was_predicted(outcome: Outcome, bundle: Path, other
         assert used_by(spec, tmp_path / "other").digest != used.digest
     finally:
         weights.write_bytes(kept)
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    home = HomePaths(tmp_path / "home")
+    for name, value in {
+        "HOME": home.root, "EXECUTOR": "inprocess", "TRACKING_URI": "none", "ANCHOR": tmp_path / "anchor", "CPUS": "2",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"PERMED_{name}", str(value))
+    with open_client() as opened:
+        yield opened
+    shutil.rmtree(home.runtime, ignore_errors=True)
+
+
+def test_a_slide_model_from_predictions_to_care(
+    client: Client, bundle: Path, others: bags.Made, tmp_path: Path
+) -> None:  # fmt: skip
+    """Jobs as people submit them: the one that predicts is the one that judged; what failed in it is not left out."""
+    shutil.copytree(bundle, tmp_path / "bundle")
+    whole = bags.write_table(tmp_path / "whole.csv", bags.read_table(others.table)[:-1])
+
+    def care_of(table: Path) -> JobSpec:
+        asked = spec_of(tmp_path / "bundle", others.features, table, heatmap=False, geojson=False)
+        return asked.model_copy(update={"legal_entity": "ous", "purpose": Purpose.CARE})
+
+    def ran(spec: JobSpec) -> str:
+        [job] = client.wait([job.id for job in client.submit(spec)])
+        return job.id
+
+    with pytest.raises(ModelRefusedError, match="No validation"):
+        client.submit(care_of(whole))
+    partial, predicted = (
+        ran(care_of(table).model_copy(update={"purpose": Purpose.RESEARCH})) for table in (others.table, whole)
+    )
+    with pytest.raises(StateError, match="left out of the figures"):
+        client.service.model("validate", {"evaluation": partial, "predictions": partial, "criteria": CRITERIA})
+    asked = {"evaluation": predicted, "predictions": predicted, "criteria": CRITERIA}
+    record = client.service.model("validate", asked)
+    assert (
+        record["failures"] == []
+        and record["patients"] == 39
+        and {row["verdict"] for row in record["judged"]} == {"met"}
+    )
+    with pytest.raises(ModelRefusedError) as caught:
+        client.submit(care_of(whole))
+    assert caught.value.rule == "model-not-promoted"
+    client.service.model("promote", {"record": record["record"], "own_work": "a test"})
+    [cared] = client.wait([job.id for job in client.submit(care_of(whole))])
+    assert cared.state == "SUCCEEDED", cared.detail
+    weights = tmp_path / "bundle" / "models" / "model.pt"
+    weights.write_bytes(weights.read_bytes() + b"x")
+    with pytest.raises(ModelRefusedError, match="not the one that was validated"):
+        client.submit(care_of(whole))
 
 
 def test_features_of_another_encoder_are_refused_alone(bundle: Path, tmp_path: Path) -> None:
