@@ -65,6 +65,10 @@ class Toys:
         raise_fence(paths)
         return after
 
+    def go(self) -> None:
+        """The word that parts of `gated` toys wait for."""
+        (self.tally / "go").touch()
+
     def runs(self, number: int) -> int:
         """How often the part of that number was begun."""
         return len(list(self.tally.glob(f"{number}-*")))
@@ -220,10 +224,11 @@ class ExecutorConformance:
     # ------------------------------------------------------------------------------------- lives
 
     def test_launching_twice_is_launching_once(self, executor: Executor, toys: Toys) -> None:
-        attempt = toys.attempt("squares", count=3, seconds=0.3)
+        attempt = toys.attempt("squares", count=3, gated=0)
         executor.launch(attempt)
         executor.launch(attempt)
         assert executor.liveness(attempt) is Liveness.ALIVE
+        toys.go()
         assert toys.ending(attempt)["outcome"] == "SUCCEEDED"
         executor.launch(attempt)  # it has ended: nothing starts
         self.ended(executor, attempt)
@@ -234,7 +239,7 @@ class ExecutorConformance:
     def test_a_stop_request_is_heeded_between_parts_and_the_rest_is_done_later(
         self, executor: Executor, toys: Toys
     ) -> None:
-        attempt = toys.attempt("squares", count=30, seconds=0.2)
+        attempt = toys.attempt("squares", count=30, gated=1)
         executor.launch(attempt)
         wait_for(lambda: toys.rows(attempt, "part"), "the first part")
         write_json(attempt.paths.stop, {"reason": "test"})
@@ -242,13 +247,14 @@ class ExecutorConformance:
         done = len(toys.rows(attempt, "part"))
         assert 0 < done < 30
         self.ended(executor, attempt)
+        toys.go()
         after = toys.again(attempt)
         executor.launch(after)
         assert toys.ending(after)["counts"] == {"DONE": 30 - done, "REUSED": done}
         executor.end(after)
 
     def test_end_is_confirmed(self, executor: Executor, toys: Toys) -> None:
-        attempt = toys.attempt("squares", count=50, seconds=0.2)
+        attempt = toys.attempt("squares", count=50, gated=1)
         executor.launch(attempt)
         wait_for(lambda: toys.rows(attempt, "part"), "the first part")
         assert executor.liveness(attempt) is Liveness.ALIVE
@@ -263,10 +269,11 @@ class ExecutorConformance:
         assert executor.liveness(toys.attempt("squares", job="never", count=1)) is Liveness.GONE
 
     def test_a_superseded_attempt_cannot_publish(self, executor: Executor, toys: Toys) -> None:
-        attempt = toys.attempt("squares", count=8, seconds=0.3)
+        attempt = toys.attempt("squares", count=8, gated=1)
         executor.launch(attempt)
         wait_for(lambda: toys.rows(attempt, "part"), "the first part")
         raise_fence(attempt.paths.job.attempt(2))
+        toys.go()
         assert toys.ending(attempt)["outcome"] == "SUPERSEDED"
         assert not attempt.paths.job.results.exists()
         executor.end(attempt)

@@ -67,7 +67,7 @@ def test_a_job_is_watched_until_it_has_ended(permed: Any, job_file: Path, home: 
         thread.start()
         time.sleep(0.3)
         client.wait([job.id])
-        thread.join(30)
+        thread.join(120)
     lines = [json.loads(line) for line in watching[0].out.splitlines()]
     assert watching[0].code == 0
     assert lines[-1]["state"] == JobState.SUCCEEDED
@@ -87,7 +87,10 @@ def test_watching_ends_with_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "1\n2\n"
 
 
-def test_top_says_what_runs_with_what_it_was_granted(permed: Any, job_file: Path, home: HomePaths) -> None:
+def test_top_says_what_runs_with_what_it_was_granted(
+    permed: Any, job_file: Path, home: HomePaths, tmp_path: Path
+) -> None:
+    until = tmp_path / "until"
     with open_client(resolve()) as client:
         [job] = client.submit(
             JobSpec.model_validate(
@@ -95,7 +98,7 @@ def test_top_says_what_runs_with_what_it_was_granted(permed: Any, job_file: Path
                     "name": "slow",
                     "workload": "counting:run",
                     "code": str(job_file.parent / "code"),
-                    "params": {"tenths": 15},
+                    "params": {"until": str(until)},
                 }
             )
         )
@@ -105,6 +108,7 @@ def test_top_says_what_runs_with_what_it_was_granted(permed: Any, job_file: Path
         def look(jobs: list[Any]) -> None:
             if jobs[0].state is JobState.RUNNING and not seen:
                 seen.append(client.service.top())
+                until.touch()
 
         client.wait([job.id], look)
     [row] = seen[0].live

@@ -54,8 +54,10 @@ def test_logs_show_what_the_code_said(permed, job_file: Path) -> None:
     assert "counted 1 characters" in permed("logs", "-f", job["id"]).out
 
 
-def test_ctrl_c_holds_and_resume_finishes(permed, job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    look = Display.look
+def test_ctrl_c_holds_and_resume_finishes(
+    permed, job_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, until = Display.look, tmp_path / "until"
 
     def press(self: Display, jobs: list) -> None:
         look(self, jobs)
@@ -63,12 +65,13 @@ def test_ctrl_c_holds_and_resume_finishes(permed, job_file: Path, monkeypatch: p
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Display, "look", press)
-    answer = permed("run", job_file, "--set", "params.tenths=4")
+    answer = permed("run", job_file, "--set", f"params.until={until}")
     assert answer.code == Exit.INTERRUPTED
     [job] = permed("jobs", "--json").json
     assert job["state"] == "HELD"
     assert f"permed resume {job['id']}" in answer.out
     monkeypatch.setattr(Display, "look", look)
+    until.touch()
     finished = permed("resume", job["id"], "--json")
     assert finished.code == Exit.OK
     counts = finished.json["jobs"][0]["detail"]["counts"]

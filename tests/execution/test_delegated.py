@@ -82,7 +82,7 @@ class World:
         return self.queue.jobs()[0]
 
     def work(self, true: Callable[[Job], bool]) -> Job:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 90
         self.controller.run(lambda: true(self.job()) or time.monotonic() > end)
         assert true(self.job()), self.job()
         return self.job()

@@ -113,7 +113,7 @@ def test_a_job_tells_how_far_it_is_and_when_it_ends(
     monkeypatch.setattr(live, "_FIRST_S", 0.2)
     monkeypatch.setattr(live, "_EVERY_S", 0.2)
     executor = InProcessExecutor(Settings(home=str(home.root)))
-    attempt = Toys(home, code, tmp_path / "tally").attempt("squares", count=30, seconds=0.1)
+    attempt = Toys(home, code, tmp_path / "tally").attempt("squares", count=30, seconds=0.1, gated=5)
     executor.launch(attempt)
 
     def told() -> Any:

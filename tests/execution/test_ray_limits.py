@@ -40,7 +40,7 @@ def test_eight_busy_processes_get_no_more_than_the_job_was_granted(ray_executor:
 def test_two_jobs_at_once_run_on_cores_of_their_own(ray_executor: RayExecutor, ray_toys: Toys) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core only")
-    first, second = (ray_toys.attempt("squares", job=job, cpus=1, count=20, seconds=0.2) for job in ("a", "b"))
+    first, second = (ray_toys.attempt("squares", job=job, cpus=1, count=20, gated=1) for job in ("a", "b"))
     ray_executor.launch(first)
     wait_for(lambda: ray_toys.rows(first, "started"), "the first attempt")
     ray_executor.launch(second)
@@ -50,7 +50,7 @@ def test_two_jobs_at_once_run_on_cores_of_their_own(ray_executor: RayExecutor, r
         found = [process for slot in processes.of_attempt(attempt.name).values() for process in slot]
         assert len(found) >= 2  # driver and member
         for process in found:
-            wait_for(lambda p=process, a=attempt: held_to(p.pid, cores_of(a)), "every thread to be pinned", 10.0)
+            wait_for(lambda p=process, a=attempt: held_to(p.pid, cores_of(a)), "every thread to be pinned")
         assert ray_executor.end(attempt)
 
 
@@ -102,9 +102,10 @@ def test_memory_that_is_taken_outside_the_group_counts(ray_executor: RayExecutor
 
 
 def test_what_a_job_leaves_behind_ends_with_it(ray_executor: RayExecutor, ray_toys: Toys) -> None:
-    attempt = ray_toys.attempt("detached", seconds=1.5)
+    attempt = ray_toys.attempt("detached")
     ray_executor.launch(attempt)
     wait_for(lambda: len(orphans(attempt)) == 2, "two processes that detached")
+    ray_toys.go()
     assert ray_toys.ending(attempt)["outcome"] == "SUCCEEDED"
     assert ray_executor.end(attempt)
     assert orphans(attempt) == []

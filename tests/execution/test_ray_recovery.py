@@ -51,8 +51,8 @@ def living(executor: RayExecutor) -> Session:
 
 
 def running(executor: RayExecutor, toys: Toys, **params: object) -> Attempt:
-    """An attempt that has finished its first part."""
-    attempt = toys.attempt("squares", workers=2, count=PARTS, seconds=0.3, **params)
+    """An attempt that has finished its first part; the others wait for `toys.go`."""
+    attempt = toys.attempt("squares", workers=2, count=PARTS, gated=1, **params)
     executor.launch(attempt)
     wait_for(lambda: toys.rows(attempt, "part"), "the first part")
     return attempt
@@ -185,6 +185,7 @@ def test_the_next_controller_finds_ray_and_the_attempt(
     assert another.liveness(attempt) is Liveness.ALIVE
     another.launch(attempt)
     assert living(another) == before
+    ray_toys.go()
     assert ray_toys.ending(attempt)["outcome"] == "SUCCEEDED"
     assert another.end(attempt)
     assert [ray_toys.runs(n) for n in range(PARTS)] == [1] * PARTS
@@ -198,6 +199,8 @@ def test_members_are_replaced_after_the_controller_has_died(
     assert ray_executor._bridge is not None
     os.kill(ray_executor._bridge._process.pid, signal.SIGKILL)
     processes.kill(processes.of_attempt(attempt.name)["1"])
+    wait_for(lambda: ray_toys.rows(attempt, "lost"), "the loss to be seen")
+    ray_toys.go()
     assert ray_toys.ending(attempt)["outcome"] == "SUCCEEDED"
     assert ray_toys.rows(attempt, "lost")
     assert another.end(attempt)
@@ -219,8 +222,8 @@ def test_a_launch_that_was_cut_in_two_is_mended(ray_executor: RayExecutor, ray_t
 
 
 def test_sweep_ends_what_nobody_wants(ray_executor: RayExecutor, ray_toys: Toys) -> None:
-    wanted = ray_toys.attempt("squares", job="wanted", count=40, seconds=0.3)
-    other = ray_toys.attempt("squares", job="other", count=40, seconds=0.3)
+    wanted = ray_toys.attempt("squares", job="wanted", count=40, gated=1)
+    other = ray_toys.attempt("squares", job="other", count=40, gated=1)
     for attempt in (wanted, other):
         ray_executor.launch(attempt)
     assert ray_executor.sweep([wanted]) == [other.name]
@@ -273,6 +276,7 @@ def test_a_dead_driver_is_gone_with_everything_of_it(ray_executor: RayExecutor, 
     wait_for(lambda: ray_executor.liveness(attempt) is Liveness.GONE, "the death to be known")
     assert processes.of_attempt(attempt.name) == {}
     assert not attempt.paths.exit.exists()
+    ray_toys.go()
     after = ray_toys.again(attempt)
     ray_executor.launch(after)
     assert ray_toys.ending(after)["outcome"] == "SUCCEEDED"
@@ -286,9 +290,10 @@ def test_a_dead_ray_is_cleared_away_and_the_next_launch_starts_another(
     attempt = running(ray_executor, ray_toys)
     before = living(ray_executor)
     os.kill(getattr(before, program)[0], signal.SIGKILL)
-    wait_for(lambda: ray_executor.liveness(attempt) is Liveness.GONE, "the death to be known", 15.0)
+    wait_for(lambda: ray_executor.liveness(attempt) is Liveness.GONE, "the death to be known", 60.0)
     assert local(ray_executor).processes() == []
     assert processes.of_attempt(attempt.name) == {}
+    ray_toys.go()
     after = ray_toys.again(attempt)
     ray_executor.launch(after)
     assert living(ray_executor) != before

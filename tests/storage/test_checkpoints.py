@@ -23,7 +23,7 @@ def save(state: Path, number: int, *, world: int = 1, attempt: int = 1, keep: Ke
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(120)
 
 
 def test_all_ranks_parts_are_published_together(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_all_ranks_parts_are_published_together(tmp_path: Path) -> None:
     time.sleep(0.2)
     assert checkpoints.newest(tmp_path) is None  # one rank's part is no checkpoint
     checkpoints.save(Part(tmp_path, 1, 1, 1, 2), lambda f: (f / "x").write_text("1"), fence=nothing)
-    ranks.join(10)
+    ranks.join(120)
     found = checkpoints.newest(tmp_path)
     assert found is not None and checkpoints.world_of(found) == 2
     assert [(found / f"rank-{rank}" / "x").read_text() for rank in (0, 1)] == ["0", "1"]

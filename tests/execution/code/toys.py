@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -21,8 +22,21 @@ def plan(spec: Any, state: Mapping[str, Any], ctx: Context) -> list[Part]:
     return [Part(f"n-{n}", inputs=(str(n),), params={"n": n}) for n in range(spec.params["count"])]
 
 
+def _may_go(ctx: Context) -> bool:
+    return (Path(ctx.spec.params["tally"]) / "go").exists()
+
+
+def _among_the_first(count: int, ctx: Context) -> bool:
+    for place in range(count):
+        with contextlib.suppress(FileExistsError):
+            (Path(ctx.spec.params["tally"]) / f"first-{ctx.spec.name}-{place}").touch(exist_ok=False)
+            return True
+    return False
+
+
 def run(part: Part, model: Any, ctx: Context) -> PartResult:
-    """Square a number; `params` say which numbers are bad, refused, poisoned, slow, flaky or hungry."""
+    """Square a number; `params` say which numbers are bad, refused, poisoned, slow, flaky or hungry, and how many go
+    on (`gated`) before the others wait for the test's word (`Toys.go`)."""
     n, params = part.params["n"], ctx.spec.params
     if "tally" in params:
         (Path(params["tally"]) / f"{n}-{os.getpid()}-{time.time_ns()}").touch()
@@ -41,6 +55,9 @@ def run(part: Part, model: Any, ctx: Context) -> PartResult:
     if params.get("say"):
         print(f"the number is {n}", flush=True)
     time.sleep(params.get("seconds", 0))
+    if "gated" in params and not _among_the_first(params["gated"], ctx):
+        while not _may_go(ctx) and not ctx.should_stop():
+            time.sleep(0.02)
     with ctx.stage("square"):
         (ctx.out / "square.txt").write_text(str(n * n))
     ctx.log_metric("square", n * n, step=n)
@@ -128,10 +145,11 @@ _ORPHAN = "import os, time; os.setsid(); [os._exit(0) for _ in range(1) if os.fo
 
 
 def _detached(part: Part, model: Any, ctx: Context) -> PartResult:
-    """Leave two processes behind: one with our environment, one without any."""
+    """Leave two processes behind, one with our environment, one without any; end at the test's word."""
     for environment in (None, {}):
         subprocess.run([sys.executable, "-c", _ORPHAN, "permed-orphan", str(ctx.scratch)], env=environment, check=True)
-    time.sleep(ctx.spec.params.get("seconds", 0))
+    while not _may_go(ctx):
+        time.sleep(0.02)
     return PartResult()
 
 
@@ -139,14 +157,16 @@ detached = Map(run=_detached)
 
 
 def _elsewhere(part: Part, model: Any, ctx: Context) -> PartResult:
-    """Schedule work outside the job's group, and report where it may run and what it was told."""
+    """Schedule work outside the job's group, and report to which core it comes to be held, and what it was told."""
     import ray
 
     @ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")
     def outside(mib: int) -> dict[str, Any]:
         held = bytearray(mib * 2**20)
         held[::4096] = b"x" * len(held[::4096])
-        time.sleep(2.0)
+        deadline = time.monotonic() + 30
+        while (mib or len(os.sched_getaffinity(0)) > 1) and time.monotonic() < deadline:
+            time.sleep(0.1)
         return {"cores": sorted(os.sched_getaffinity(0)), "mark": os.environ.get("PERMED_ATTEMPT", "")}
 
     return PartResult(values=ray.get(outside.remote(ctx.spec.params.get("mib", 0))))
