@@ -83,11 +83,16 @@ class Order:
 
     def of(self, epoch: int, first: int = 0) -> Iterator[list[Key]]:
         """This rank's share of each batch of the epoch, from batch `first` on."""
+        for rows in self.rows(epoch, first):
+            yield [(epoch, index) for index in rows.tolist()]
+
+    def rows(self, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
+        """The same as (share,) int64, for samples that lie in memory."""
         generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
-        shuffled = torch.randperm(self.samples, generator=generator).tolist()
+        shuffled = torch.randperm(self.samples, generator=generator)
         for number in range(first, self.batches):
             whole = shuffled[number * self.batch : (number + 1) * self.batch]
-            yield [(epoch, index) for index in whole[self.rank :: self.world]]
+            yield whole[self.rank :: self.world]
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,6 +165,5 @@ class InMemory:
         return tuple(column[index] for column in self.columns)
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[torch.Tensor, ...]]:
-        for keys in Order(len(self), self.batch, self.seed).of(epoch, first):
-            rows = torch.tensor([index for _, index in keys])
+        for rows in Order(len(self), self.batch, self.seed).rows(epoch, first):
             yield tuple(column[rows] for column in self.columns)
