@@ -32,7 +32,7 @@ from permed_compute.errors import Finding, Problem, RefusedInput, SpecError, Wor
 from permed_compute.paths import replacing, write_json
 from permed_compute.spec import JobSpec
 from permed_compute.workloads.port import Context, DonePart, Map, Part, PartResult, Result
-from permed_compute.workloads.radiology import evaluate, patches, radiomics
+from permed_compute.workloads.radiology import patches, radiomics, volume_files
 
 CASES, ABOUT = "cases", "radiomics.json"
 VERSION = "1"
@@ -88,7 +88,7 @@ def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part
     seen: Counter[str] = Counter()
     for row in rows:
         paths = folder / row["image"], folder / row["label"]
-        digests = tuple(evaluate.content_digest(path, ctx) for path in paths)
+        digests = tuple(volume_files.content_digest(path, ctx) for path in paths)
         name = f"case-{hashlib.sha256(' '.join(digests).encode()).hexdigest()[:16]}"
         seen[name] += 1
         part = Part(
@@ -113,7 +113,7 @@ class Case:
 def load(part: Part, ctx: Context) -> Case:
     """Raises `RefusedInput` where a volume cannot be read, or the two lie on other grids."""
     with ctx.stage("read"):
-        image, label = (evaluate.read_volume(Path(path), ctx) for path in part.sources)
+        image, label = (volume_files.read(Path(path), ctx) for path in part.sources)
     apart = np.abs(image.affine_ras - label.affine_ras).max() if image.array.shape == label.array.shape else np.inf
     if apart > patches.SAME_PLACE:
         raise RefusedInput(Finding("OTHER_GRID", "Image and label lie on other grids.", "refused", part.name))

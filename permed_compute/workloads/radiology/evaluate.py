@@ -39,7 +39,7 @@ from permed_compute.learning.evidence import UNSAID
 from permed_compute.paths import write_json
 from permed_compute.spec import JobSpec
 from permed_compute.workloads.port import Context, DonePart, Map, Part, PartResult, Result
-from permed_compute.workloads.radiology import evaluation, lesions, nifti, patches, scores, volume_store
+from permed_compute.workloads.radiology import evaluation, lesions, patches, scores, volume_files
 from permed_compute.workloads.radiology.read import Volume
 
 CASES = "cases"
@@ -140,18 +140,13 @@ def _part(row: Mapping[str, Any], given: Listed, common: Mapping[str, Any], ctx:
     wanted |= {f"probability {model}": (row.get("probability") or {}).get(model) for model in given.models}
     paths = {role: given.folder / name for role, name in wanted.items() if name}
     there = {role: path for role, path in paths.items() if path.exists()}
-    digests = {role: content_digest(path, ctx) for role, path in there.items()}
+    digests = {role: volume_files.content_digest(path, ctx) for role, path in there.items()}
     params = {**common, "roles": list(there)}
     key = hashlib.sha256("\n".join(f"{role} {digests[role]}" for role in there).encode()).hexdigest()
     return Part(
         f"case-{key[:16]}", tuple(digests.values()), params, tuple(str(path) for path in there.values()),
         ctx.pseudonym(str(row["subject"])),
     )  # fmt: skip
-
-
-def content_digest(path: Path, ctx: Context) -> str:
-    """Of a NIfTI file, or of a store: its `zarr.json` says the digest of its voxels."""
-    return ctx.digest(path / "zarr.json" if path.is_dir() else path)
 
 
 # ------------------------------------------------------------------------------------------------ one case
@@ -175,7 +170,7 @@ def load(part: Part, ctx: Context) -> Case:
     if "label" not in paths:
         raise RefusedInput(Finding("TRUTH_MISSING", "The case's truth is not there.", "refused", part.name))
     with ctx.stage("read"):
-        truth = read_volume(paths["label"], ctx)
+        truth = volume_files.read(paths["label"], ctx)
         findings: list[Finding] = []
         predicted, probability = {}, {}
         for model in part.params["models"]:
@@ -192,19 +187,12 @@ def load(part: Part, ctx: Context) -> Case:
     return Case(part, truth, None if isinstance(image, str) else image, predicted, probability, findings)
 
 
-def read_volume(path: Path, ctx: Context) -> Volume:
-    """A store or NIfTI. Raises `RefusedInput`."""
-    if path.is_dir():
-        return volume_store.VolumeStore(path).volume()
-    return nifti.read(path, ctx.digest(path))[0]
-
-
 def _like(truth: Volume, path: Path | None, ctx: Context) -> np.ndarray | str:
     """The values on the truth's grid, or why there are none."""
     if path is None:
         return "is not there"
     try:
-        found = read_volume(path, ctx)
+        found = volume_files.read(path, ctx)
     except RefusedInput as error:
         return f"cannot be read ({error.finding.code})"
     same = found.array.shape == truth.array.shape

@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import shutil
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -103,10 +103,15 @@ def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part
     ]  # fmt: skip
 
 
-def wanted(refs: Iterable[DataRef], modalities: Sequence[str], ctx: Context) -> list[Series]:
-    """The image series below `refs` of these modalities; all image series where there is none of them."""
+def wanted(
+    refs: Iterable[DataRef], modalities: Sequence[str], ctx: Context, skip: Callable[[str], bool] = lambda source: False
+) -> list[Series]:
+    """The image series below `refs` of these modalities; all image series where there is none of them.
+
+    skip: which files are no business of DICOM's.
+    """
     with ctx.stage("scan"):
-        sources = sorted({source for ref in refs for source in read.find(Path(ref.path))})
+        sources = sorted({source for ref in refs for source in read.find(Path(ref.path)) if not skip(source)})
         inventory = read.scan(sources, ctx.digest, ctx.threads)
     for finding in inventory.findings:
         ctx.finding(finding)

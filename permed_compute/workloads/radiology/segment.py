@@ -1,10 +1,11 @@
-"""Job `radiology/segment`: any MONAI bundle over any mixture of DICOM; per image series labels, a SEG, a table.
+"""Job `radiology/segment`: any MONAI bundle over DICOM, volume stores and NIfTI; of each volume labels, a SEG, a table.
 
-`inputs`: the images, and `bundle`, the folder of a MONAI bundle as it was published.
+`inputs`: the images, and `bundle`, the folder of a MONAI bundle as it was published. Stores and NIfTI have no DICOM
+images that a SEG could refer to: their labels are NIfTI only.
 
 `params` of the job:
     bundle_digest      ''             refuse another bundle than this; the job's result names the digest
-    modalities         [CT]           series of other modalities are passed over with a finding
+    modalities         [CT]           series of other modalities are passed over with a finding; NIfTI is of the first
     pet                suv            PT series reach the network in SUVbw, refused where the tags do not allow it;
                                       `stored` keeps activity
     accept_incomplete  false          compute also where the numbering suggests that slices are missing at an end
@@ -37,13 +38,24 @@ import numpy as np
 from permed_compute.errors import Finding, Problem, SpecError, WorkloadError
 from permed_compute.spec import JobSpec, parse_memory
 from permed_compute.workloads.port import Context, DonePart, Map, Next, Part, PartResult, Result
-from permed_compute.workloads.radiology import bundle, infer, pet, precision, read
+from permed_compute.workloads.radiology import (
+    bundle,
+    geometry,
+    infer,
+    nifti,
+    pet,
+    precision,
+    read,
+    volume_files,
+    volume_store,
+)
 from permed_compute.workloads.radiology.read import Series, Volume
 
 SEG, NIFTI, OVERLAY = "segmentation.dcm", "labels.nii.gz", "overlay.png"
 VERSION = "2"
 BUNDLE = "bundle"
 _CALIBRATE = "calibrate"
+_ADVICE = "Write the modality that the bundle was made for under `params: {modalities: …}`."
 _BYTES_PER_VOXEL = 8
 """While a study is decoded: its planes, and the volume made of them."""
 
@@ -114,11 +126,12 @@ def checked_bundle(spec: JobSpec, ctx: Context) -> bundle.Checked:
 
 
 def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part]:
-    """With `auto` first the measurement; then a part per image series below the inputs but the bundle."""
+    """With `auto` first the measurement; then a part per image series, store and NIfTI file of the inputs."""
     params = params_of(spec.params)
     images = [ref for ref in spec.inputs if ref.name != BUNDLE]
     if not images:
-        raise WorkloadError("The job names no images.", remedy="Write a DICOM folder under `inputs:`, beside `bundle`.")
+        remedy = "Write a folder of DICOM, stores or NIfTI under `inputs:`, beside `bundle`."
+        raise WorkloadError("The job names no images.", remedy=remedy)
     checked = checked_bundle(spec, ctx)
     common = {
         "weights": list(params["weights"]), "flips": [list(flip) for flip in params["flips"]],
@@ -128,21 +141,34 @@ def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part
         device = {"machine": precision.machine(ctx.device, ctx.threads), "flavors": list(spec.resources.flavors)}
         return [Part(name=_CALIBRATE, inputs=(checked.digest,), params={"step": _CALIBRATE, **common, **device})]
     chosen = state.get("variant") or {"variant": params["variant"], "machine": ""}
-    return [
+    told = {
+        "step": "segment", **common, "variant": chosen["variant"], "machine": chosen["machine"],
+        "modalities": list(params["modalities"]), "pet": params["pet"],
+        "accept_incomplete": params["accept_incomplete"],
+        "segments": [dict(row) for row in params["segments"]],
+    }  # fmt: skip
+    of_series = [
         Part(
-            name=f"series-{series.digest[:16]}",
-            inputs=series.inputs,
-            params={
-                "step": "segment", **common, "variant": chosen["variant"], "machine": chosen["machine"],
-                "modalities": list(params["modalities"]), "pet": params["pet"],
-                "accept_incomplete": params["accept_incomplete"],
-                "segments": [dict(row) for row in params["segments"]],
-            },
-            sources=series.sources,
-            subject=ctx.pseudonym(series.patient) if series.patient else "",
+            f"series-{series.digest[:16]}", series.inputs, told, series.sources,
+            ctx.pseudonym(series.patient) if series.patient else "",
         )
-        for series in infer.wanted(images, params["modalities"], ctx)
+        for series in infer.wanted(images, params["modalities"], ctx, skip=volume_files.is_within)
     ]  # fmt: skip
+    files = sorted({file for ref in images for file in volume_files.find(Path(ref.path))})
+    of_files = {part.name: part for file in files if (part := _of_file(file, told, ctx)) is not None}
+    return [*of_series, *of_files.values()]
+
+
+def _of_file(path: Path, told: Mapping[str, Any], ctx: Context) -> Part | None:
+    """None for a store of labels: a finding says so."""
+    digest, subject = volume_files.content_digest(path, ctx), ""
+    if path.is_dir():
+        about = volume_store.VolumeStore(path).about
+        if about["kind"] != "image":
+            ctx.finding(Finding("LABELS_PASSED_OVER", "A store holds labels, no image; passed over.", "note", digest))
+            return None
+        subject = about["subject"]
+    return Part(f"volume-{digest[:16]}", (digest,), told, (str(path),), subject)
 
 
 # ------------------------------------------------------------------------------------------------ load
@@ -196,27 +222,49 @@ def _let_go(size: int, image: Path) -> None:
 
 
 def load(part: Part, ctx: Context) -> Any:
-    """The part's series, checked and decoded once there is memory for it, while another one runs."""
+    """The part's volume, checked and decoded once there is memory for it, while another one runs."""
     if part.params["step"] == _CALIBRATE:
         return part
-    series = infer.planned(part, ctx)
-    size = _size(series)
+    path = Path(part.sources[0])
+    series = None if volume_files.is_one(path) else infer.planned(part, ctx)
+    size = volume_files.nbytes(path, part.inputs[0]) if series is None else _size(series)
     with ctx.stage("wait for memory"):
         BUDGET.admit(size, parse_memory(params_of(ctx.spec.params)["ahead_memory"]) << 20, ctx.should_stop)
     image = ctx.scratch / f"{part.name}.nii"
     try:
         with ctx.stage("read"):
-            volume = read.assemble(series, ctx.threads)
-        advice = "Write the modality that the bundle was made for under `params: {modalities: …}`."
-        infer.refuse_unsuitable(series, volume, part.params["modalities"], part.params["accept_incomplete"], advice)
-        if volume.modality == "PT" and part.params["pet"] == "suv":
-            volume, _ = pet.as_suv(volume)
+            volume = _read_file(path, part, ctx) if series is None else _read_series(series, part, ctx)
         with ctx.stage("prepare"):
             write_image(volume, image)
     except BaseException:
         _let_go(size, image)
         raise
     return Study(part, volume, size, image)
+
+
+def _read_series(series: Series, part: Part, ctx: Context) -> Volume:
+    volume = read.assemble(series, ctx.threads)
+    infer.refuse_unsuitable(series, volume, part.params["modalities"], part.params["accept_incomplete"], _ADVICE)
+    return pet.as_suv(volume)[0] if volume.modality == "PT" and part.params["pet"] == "suv" else volume
+
+
+def _read_file(path: Path, part: Part, ctx: Context) -> Volume:
+    (digest,) = part.inputs
+    if volume_files.content_digest(path, ctx) != digest:
+        raise WorkloadError(
+            "The file of this part is not the one that was planned.", remedy="Submit the job again: it plans anew."
+        )
+    volume = volume_files.read(path, ctx)
+    if not path.is_dir():
+        return nifti.with_modality(volume, part.params["modalities"][0])
+    if volume.modality and volume.modality not in part.params["modalities"]:
+        sentence = f"The store is {volume.modality}; the job asks for {', '.join(part.params['modalities'])}."
+        geometry.refuse("MODALITY_UNSUITABLE", sentence, digest, _ADVICE)
+    unit = volume_store.VolumeStore(path).about["unit"]
+    if volume.modality == "PT" and part.params["pet"] == "suv" and unit != pet.UNIT:
+        advice = "Convert it again with `pet: suv`, or write `params: {pet: stored}` for this job."
+        geometry.refuse("PET_UNITS", f"The store is in {unit or 'no unit'}, not in {pet.UNIT}.", digest, advice)
+    return volume
 
 
 def _size(series: Series) -> int:
@@ -290,7 +338,7 @@ def _written(answered: Answered, ctx: Context) -> PartResult:
     with ctx.stage("write"):
         outputs.write_nifti(done.labels, volume, ctx.out / NIFTI)
         outputs.write_overlay(done.labels > 0, volume, ctx.out / OVERLAY)
-        if segments:
+        if segments and volume.slices:
             outputs.write_seg(done.labels, volume, ctx.out / SEG, _algorithm(segments, params, ctx), ctx.spec.purpose)
     counts = np.bincount(done.labels.reshape(-1))
     values = {
@@ -302,6 +350,9 @@ def _written(answered: Answered, ctx: Context) -> PartResult:
         "network_s": round(done.network_s, 4), "findings": [finding.code for finding in volume.findings],
     }  # fmt: skip
     findings = [*volume.findings]
+    if segments and not volume.slices:
+        sentence = "A SEG refers to DICOM images; this volume is none, and its labels are NIfTI only."
+        findings.append(Finding("NO_SEG", sentence, "note", volume.series))
     if done.shrunk:
         sentence = "Memory did not suffice for the bundle's windows; labels are those of smaller ones."
         numbers = {"windows": list(done.windows)}

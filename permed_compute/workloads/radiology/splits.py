@@ -16,7 +16,8 @@ from typing import Any
 from permed_compute.errors import WorkloadError
 from permed_compute.learning import splits
 from permed_compute.workloads.port import Context
-from permed_compute.workloads.radiology.evaluate import content_digest, traits_of
+from permed_compute.workloads.radiology import volume_files
+from permed_compute.workloads.radiology.evaluate import traits_of
 from permed_compute.workloads.radiology.patches import Case
 
 
@@ -57,7 +58,7 @@ def scan_of(
     there = (*case.images, *([case.label] if case.label else []))
     if not all(path.exists() for path in there):
         raise WorkloadError("A scan of the list is not there.", remedy="Paths are relative to the list's folder.")
-    digests = tuple(content_digest(path, ctx) for path in there)
+    digests = tuple(volume_files.content_digest(path, ctx) for path in there)
     digests += (hashlib.sha256(said.encode()).hexdigest(),) if said else ()
     subject = ctx.pseudonym(str(row["subject"])) if row.get("subject") not in (None, "") else digests[0]
     return Scan(case, subject, digests, traits_of(row, age_edges))

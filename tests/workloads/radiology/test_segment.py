@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -15,7 +16,7 @@ from pydicom import dcmread
 from permed_compute.errors import RefusedInput, SpecError, WorkloadError
 from permed_compute.spec import DataRef, JobSpec
 from permed_compute.testing.context import LocalContext, run_map
-from permed_compute.workloads.radiology import bundle, pet, segment
+from permed_compute.workloads.radiology import bundle, pet, segment, volume_store
 from permed_compute.workloads.radiology.segment import NIFTI, OVERLAY, SEG, WORKLOAD, Budget, params_of
 
 from .bundles import config, write_bundle
@@ -69,6 +70,38 @@ def test_without_codes_there_is_no_seg(tmp_path, root):
     write(tmp_path / "in")
     (item,) = run_map(WORKLOAD, spec(tmp_path / "in", root), tmp_path / "w").done
     assert not (item.folder / SEG).exists() and (item.folder / NIFTI).exists()
+
+
+def test_stores_and_nifti_give_the_labels_of_their_series(tmp_path, root):
+    write(tmp_path / "in" / "dicom")
+    volume = load(tmp_path / "in" / "dicom")
+    segment.write_image(volume, tmp_path / "in" / "image.nii.gz")
+    volume_store.write(tmp_path / "in" / "image.zarr", volume, inputs=["a" * 64], subject="p-1")
+    volume_store.write(tmp_path / "in" / "label.zarr", volume, inputs=["b" * 64], kind="label")
+    outcome = run_map(WORKLOAD, spec(tmp_path / "in", root, segments=SEGMENTS), tmp_path / "w")
+    assert not outcome.failures and len(outcome.done) == 3
+    first, *others = [np.asarray(nibabel.load(item.folder / NIFTI).dataobj) for item in outcome.done]
+    assert all(np.array_equal(first, other) for other in others)
+    of_files = [item for item in outcome.done if item.part.name.startswith("volume-")]
+    assert [(item.folder / SEG).exists() for item in of_files] == [False, False]
+    assert all("NO_SEG" in [finding.code for finding in item.findings] for item in of_files)
+    assert sorted(item.part.subject for item in of_files) == ["", "p-1"]
+    assert {item.values["modality"] for item in outcome.done} == {"MR"}
+    assert [finding.code for finding in outcome.context.findings] == ["LABELS_PASSED_OVER"], "DICOM looks past them"
+
+
+def test_a_store_that_is_not_what_the_bundle_wants_is_refused(tmp_path, root):
+    write(tmp_path / "dicom")
+    volume = load(tmp_path / "dicom")
+    volume_store.write(tmp_path / "in" / "mr.zarr", volume, inputs=["a" * 64])
+    activity = replace(volume, modality="PT")
+    volume_store.write(tmp_path / "in" / "pet.zarr", activity, inputs=["b" * 64], unit="BQML")
+    outcome = run_map(WORKLOAD, spec(tmp_path / "in", root, modalities=["PT"]), tmp_path / "w")
+    assert sorted(error.finding.code for error in outcome.failures.values()) == ["MODALITY_UNSUITABLE", "PET_UNITS"]
+    outcome = run_map(
+        WORKLOAD, spec(tmp_path / "in" / "pet.zarr", root, modalities=["PT"], pet="stored"), tmp_path / "v"
+    )
+    assert len(outcome.done) == 1 and not outcome.failures
 
 
 def test_pet_reaches_the_network_in_suv_unless_the_job_says_otherwise(tmp_path, root):
