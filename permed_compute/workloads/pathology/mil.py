@@ -166,7 +166,10 @@ class Ppeg(nn.Module):
 
 
 class TransMil(nn.Module):
-    """Bags one by one: each is squared by repeating its own first tiles, whose attention is added to theirs."""
+    """Bags one by one: each is squared by repeating its own first tiles, whose attention is added to theirs.
+
+    A tile's attention is the class token's in both layers.
+    """
 
     def __init__(self, dim: int, outputs: int, hidden: int, attention: int, dropout: float) -> None:
         super().__init__()
@@ -190,10 +193,13 @@ class TransMil(nn.Module):
         side = math.isqrt(count - 1) + 1
         square = torch.cat([tiles, tiles[: side * side - count]])
         h = torch.cat([self.token, square])
-        h = h + self.layers[0](self.norms[0](h))[0]
+        mixed, early = self.layers[0](self.norms[0](h))
+        h = h + mixed
         h = torch.cat([h[:1], self.position(h[1:], side)])
-        mixed, first = self.layers[1](self.norms[1](h))
-        own = first[1:].detach().clamp_min(0)  # the approximation may fall a little below 0
+        mixed, late = self.layers[1](self.norms[1](h))
+        # Both looks of the class token: the second is at tiles that know of each other (decision 108). The
+        # approximation may fall a little below 0.
+        own = (early[1:].clamp_min(0) + late[1:].clamp_min(0)).detach()
         own = own[:count] + functional.pad(own[count:], (0, 2 * count - side * side))
         return self.answer(self.norms[2]((h + mixed)[0])), own / own.sum().clamp_min(1e-12)
 

@@ -39,7 +39,7 @@ BUNDLE = "bundle"
 PREDICTION, TOP, PAGE, TABLE, SLIDE_TABLE = (
     "prediction.json", "top.jpg", "report.html", "predictions.csv", "slides.csv",
 )  # fmt: skip
-VERSION = "1"
+VERSION = "2"
 _TOP_PIXELS = 160
 _PARAMS: dict[str, tuple[Any, inputs.Check, str]] = {
     "heatmap": (True, lambda v: isinstance(v, bool), "true or false"),

@@ -140,14 +140,15 @@ def ppeg(w: dict[str, np.ndarray], tiles: np.ndarray, side: int) -> np.ndarray:
 
 
 def transmil(w: dict[str, np.ndarray], x: np.ndarray, landmarks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shao et al., algorithm 2."""
+    """Shao et al., algorithm 2; attention is the class token's in both layers (decision 108)."""
     h = np.maximum(linear(w, "embed.0", x), 0)
     side = math.ceil(math.sqrt(len(h)))
     h = np.concatenate([w["token"], h, h[: side * side - len(h)]])
-    h = h + nystrom(w, "layers.0", normed(w, "norms.0", h), landmarks)[0]
+    mixed, early = nystrom(w, "layers.0", normed(w, "norms.0", h), landmarks)
+    h = h + mixed
     h = np.concatenate([h[:1], ppeg(w, h[1:], side)])
-    mixed, first = nystrom(w, "layers.1", normed(w, "norms.1", h), landmarks)
-    weights = np.maximum(first[1:], 0)
+    mixed, late = nystrom(w, "layers.1", normed(w, "norms.1", h), landmarks)
+    weights = np.maximum(early[1:], 0) + np.maximum(late[1:], 0)
     weights[: len(weights) - len(x)] += weights[len(x) :]
     weights = weights[: len(x)]
     return linear(w, "answer", normed(w, "norms.2", (h + mixed)[0])), weights / weights.sum()
