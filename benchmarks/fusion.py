@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,27 +16,32 @@ TITLE = "A fusion network's epoch"
 WHY = (
     "The shared loop can stop at every step, checkpoints and gives the same bits again; that must not cost a small"
     " network its speed. Network, loss, optimiser and batches are the same on both sides: five modalities of 32"
-    " components, Cox loss. The peer shuffles tensors in memory and does nothing else. Goal: 0.9 of its people per"
-    " second."
+    " components, Cox loss. The peer shuffles tensors in memory and does nothing else. One thread, as a fold of a job"
+    " has; CPU seconds, because machines are shared. Goal: 0.9 of its people per second."
 )
 _SIZES = (32,) * 5
 
 
 def cases(quick: bool) -> list[Case]:
-    people, epochs = (2_048, 2) if quick else (20_000, 4)
+    people, epochs = (2_048, 2) if quick else (20_000, 2)
     group = "people a second, batches of 512"
+    unit, goal = "people/CPU s", "≥ 0.9 of the plain loop"
+    ours, plain = (partial(_on_one_thread, measure, people, epochs) for measure in (_ours, _plain))
     return [
-        Case(
-            group,
-            "ours",
-            "people/s",
-            "higher",
-            lambda: _ours(people, epochs),
-            goal="≥ 0.9 of the plain loop",
-            ratio=0.9,
-        ),
-        Case(group, "plain PyTorch loop", "people/s", "higher", lambda: _plain(people, epochs), peer=True),
+        Case(group, "ours", unit, "higher", ours, goal=goal, ratio=0.9),
+        Case(group, "plain PyTorch loop", unit, "higher", plain, peer=True),
     ]
+
+
+def _on_one_thread(measure: Callable[[int, int], float], people: int, epochs: int) -> float:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return measure(people, epochs)
+    finally:
+        torch.set_num_threads(before)
 
 
 @cache
@@ -53,12 +58,9 @@ def _columns(people: int):  # type: ignore[no-untyped-def] - torch is imported w
 
 
 def _made():  # type: ignore[no-untyped-def] - torch is imported where it is used
-    import torch
-
     from permed_compute.workloads.fusion.learn import How
     from permed_compute.workloads.fusion.network import Fusion, Shape
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     return Fusion(Shape(_SIZES, 64, 1, 0.3, 0.3), 1), How(epochs=1, batch=512)
 
 
@@ -76,9 +78,9 @@ def _ours(people: int, epochs: int) -> float:
     with tempfile.TemporaryDirectory(prefix="permed-bench-fusion-") as folder:
         ctx = LocalContext(Path(folder), JobSpec(name="b", workload="fusion/train-survival"))
         recipe, pace = recipe_of(net, samples, how), pace_of(how, samples)
-        begun = time.perf_counter()
+        begun = time.process_time()
         done = fit(recipe, pace, ctx)
-        taken = time.perf_counter() - begun
+        taken = time.process_time() - begun
     assert done is not None and done.steps == epochs * (people // 512)
     return done.steps * 512 / taken
 
@@ -93,7 +95,7 @@ def _plain(people: int, epochs: int) -> float:
     optimizer = torch.optim.AdamW(net.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (people // 512))
     net.train()
-    begun, steps = time.perf_counter(), 0
+    begun, steps = time.process_time(), 0
     for _ in range(epochs):
         order = torch.randperm(people)
         for first in range(0, people - 511, 512):
@@ -104,4 +106,4 @@ def _plain(people: int, epochs: int) -> float:
             optimizer.step()
             scheduler.step()
             steps += 1
-    return steps * 512 / (time.perf_counter() - begun)
+    return steps * 512 / (time.process_time() - begun)
