@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from permed_compute.errors import EngineError, NotFoundError
+from permed_compute.testing.ports import free_port
 
 _START_S = 60.0
 _PR_SET_PDEATHSIG = 1
@@ -222,7 +223,7 @@ class SlurmCluster:
         return self.folder / "munge" / "socket"
 
     def _start_accounting(self) -> None:
-        data, port, password = self.folder / "mariadb", _free_port(), secrets.token_hex(16)
+        data, port, password = self.folder / "mariadb", free_port(), secrets.token_hex(16)
         data.mkdir(mode=0o700)
         me = getpass.getuser()
         self._once("mariadb-install-db", "--no-defaults", f"--datadir={data}", f"--user={me}", "--skip-test-db",
@@ -253,10 +254,10 @@ class SlurmCluster:
         me, host = getpass.getuser(), socket.gethostname().split(".")[0]
         for name in ("state", "spool"):
             (self.folder / name).mkdir(mode=0o755)
-        self._dbd_port = _free_port()
+        self._dbd_port = free_port()
         billing = f" TRESBillingWeights={self._weights}" if self._weights else ""
         rows = [
-            "ClusterName=permed", f"SlurmctldHost={host}(127.0.0.1)", f"SlurmctldPort={_free_port()}",
+            "ClusterName=permed", f"SlurmctldHost={host}(127.0.0.1)", f"SlurmctldPort={free_port()}",
             "AuthType=auth/munge", "CredType=cred/munge", f"AuthInfo=socket={self._munge},cred_expire=5",
             "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny", f"SlurmUser={me}", f"SlurmdUser={me}",
             "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "MpiDefault=none", "GresTypes=gpu",
@@ -276,7 +277,7 @@ class SlurmCluster:
             rows += ["AccountingStorageType=accounting_storage/slurmdbd", "AccountingStorageHost=127.0.0.1",
                      f"AccountingStoragePort={self._dbd_port}", f"AccountingStoragePass={self._munge}"]  # fmt: skip
         rows += [
-            f"NodeName={node.name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs={node.cpus}"
+            f"NodeName={node.name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs={node.cpus}"
             f" RealMemory={node.memory}" + (f" Gres=gpu:{node.gpus}" if node.gpus else "") + " State=UNKNOWN"
             for node in self.nodes
         ]
@@ -381,18 +382,6 @@ def _kill(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         return
-
-
-def _free_port() -> int:
-    """Below the ports that the system gives to who calls out, else a daemon that starts later finds its own taken."""
-    while True:
-        port = 20_000 + secrets.randbelow(12_000)
-        with socket.socket() as made:
-            try:
-                made.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def _answers(port: int) -> bool:

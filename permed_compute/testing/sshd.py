@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from permed_compute.errors import EngineError, NotFoundError
+from permed_compute.testing.ports import free_port
 
 _WHERE = ("/usr/sbin/sshd", "/usr/local/sbin/sshd", "/usr/bin/sshd")
 _PATIENCE_S = 20
@@ -45,9 +46,7 @@ def server(
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name in ("host", "client"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True, timeout=30)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     given = " ".join(f'{name}="{value}"' for name, value in (environment or {}).items())
     (folder / "sshd_config").write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/client.pub\n"

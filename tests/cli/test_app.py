@@ -115,5 +115,5 @@ def test_the_shell_completes_commands() -> None:
     """Typer's own protocol: the words so far come by the environment."""
     environment = {**os.environ, "_PERMED_COMPLETE": "complete_bash", "COMP_WORDS": "permed va", "COMP_CWORD": "1"}
     words = [sys.executable, "-c", "import sys; from permed_compute.cli import main; sys.exit(main())"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=150)
     assert done.stdout.split() == ["validate"]

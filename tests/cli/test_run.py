@@ -126,7 +126,7 @@ def test_while_it_waits_it_says_why(permed, job_file: Path) -> None:
     line = done.stderr.readline()
     assert "no node here has that" in line
     done.send_signal(signal.SIGINT)
-    out, _ = done.communicate(timeout=60)
+    out, _ = done.communicate(timeout=150)
     assert done.returncode == Exit.INTERRUPTED
     assert "permed resume" in out
 
@@ -141,7 +141,7 @@ def controller(home: HomePaths):
     assert "serving" in process.stderr.readline()
     yield process
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=150)
     assert process.returncode == Exit.OK
 
 

@@ -61,7 +61,7 @@ def test_a_job_goes_there_runs_there_and_its_results_come_back(permed, far, job_
 def _there(*words):
     """What a command that runs there says: as a process, because its output goes to the file descriptors."""
     program = Path(sys.executable).with_name("permed")
-    done = subprocess.run([program, "--via", "ssh:far", *words], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([program, "--via", "ssh:far", *words], capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -73,7 +73,7 @@ def _run_there(far):
     }  # fmt: skip
     subprocess.run(
         [Path(sys.executable).with_name("permed"), "controller", "--once-idle"], env=environment, check=True,
-        timeout=100, capture_output=True,
+        timeout=200, capture_output=True,
     )  # fmt: skip
 
 

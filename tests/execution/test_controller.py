@@ -6,7 +6,7 @@ import json
 import textwrap
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ CODE = """
             ctx.checkpoint(lambda folder: (folder / "n.txt").write_text(str(done)))
 
     def deaf(spec, ctx):
-        time.sleep(spec.params["seconds"])
+        while not Path(spec.params["until"]).exists():
+            time.sleep(0.02)
         from permed_compute import Result
         return Result()
 """
@@ -91,7 +92,7 @@ class World:
         self.tally = folder / "tally"
         self.tally.mkdir(exist_ok=True)
         self.home = home
-        self.settings = Settings(home=str(home.root), grace=1, heartbeat=1)
+        self.settings = Settings(home=str(home.root), grace=20, heartbeat=1)
         self.queue = MemoryQueue()
         self.executor = executor or InProcessExecutor(self.settings, NODE)
         self.told: list[tuple[str, JobState]] = []
@@ -110,7 +111,7 @@ class World:
         )
         return self.queue.submit([spec], owner="kari")[0]
 
-    def work(self, *jobs: Job, until: Any = None, seconds: float = 30) -> list[Job]:
+    def work(self, *jobs: Job, until: Any = None, seconds: float = 90) -> list[Job]:
         end = time.monotonic() + seconds
 
         def enough() -> bool:
@@ -233,11 +234,15 @@ def test_interrupt_holds_what_runs(world: World) -> None:
 
 def test_a_thread_that_cannot_be_ended_keeps_its_reservation(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("permed_compute.execution.inprocess._END_WAIT_S", 0.1)
-    [job] = world.work(world.submit("deaf", params={"seconds": 4}, time_limit="1s"), until=running)
-    end = time.monotonic() + 2.5
-    world.controller.run(lambda: time.monotonic() > end)
-    job = world.queue.job(job.id)
-    assert job.state is JobState.RUNNING and job.detail["grants"]  # over its limit and its grace, but not confirmed
+    world.settings = replace(world.settings, grace=1)
+    world.controller = world.new_controller()
+    answers, end, until = list[bool](), world.executor.end, world.tally / "until"
+    monkeypatch.setattr(world.executor, "end", lambda attempt: answers.append(end(attempt)) or answers[-1])
+    job = world.submit("deaf", params={"until": str(until)}, time_limit="1s")
+    [job] = world.work(job, until=lambda jobs: len(answers) >= 2)
+    assert not any(answers)  # over its limit and its grace, but not confirmed
+    assert job.state is JobState.RUNNING and job.detail["grants"]
+    until.touch()
     [job] = world.work(job)
     assert job.state in (JobState.SUCCEEDED, JobState.TIMED_OUT)
 

@@ -97,7 +97,7 @@ def test_nobody_enters_without_the_token(ray_executor: RayExecutor) -> None:
     }
     for way, environment in ways.items():
         done = subprocess.run(
-            [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, timeout=120
         )
         assert ("entered" in done.stdout) is (way == "with"), (way, done.stderr[-500:])
 

@@ -18,18 +18,13 @@ import pytest
 
 from permed_compute.errors import EngineError
 from permed_compute.paths import HomePaths
+from permed_compute.testing.ports import free_port
 from permed_compute.tracking.files import Spool, drain
 from permed_compute.tracking.mlflow import MlflowTracker, embedded
 from permed_compute.tracking.port import RunRecord
 
 pytest.importorskip("mlflow", reason="mlflow is not installed (extra: tracking)")
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class MlflowServer:

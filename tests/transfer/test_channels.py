@@ -122,7 +122,7 @@ def test_going_on_does_not_begin_anew(far, bundle, monkeypatch):
         assert far.server.taken < bundle.layout.size * 2 // 3
         return
     (part,) = far.left()
-    for _ in range(200):  # what was under way when the line was cut reaches the disk when the server comes to it
+    for _ in range(1200):  # what was under way when the line was cut reaches the disk when the server comes to it
         if part.stat().st_size:
             break
         time.sleep(0.05)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -19,14 +18,10 @@ from typing import Any
 
 import pytest
 
+from permed_compute.testing.ports import free_port
+
 USER, PASSWORD = "permed", "Correct-Horse-7"
 PLUGIN = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,7 @@ def running(folder: Path) -> Iterator[Orthanc]:
 
 
 def _await(server: Orthanc, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(urllib.error.URLError, ConnectionError):
             server.ask("/system")

@@ -318,7 +318,7 @@ def test_a_process_with_threads_is_not_sealed():
         "from pathlib import Path; from permed_compute.workloads.radiology import sealed\n"
         "raise SystemExit(sealed.main(['/tmp', '--', 'this']))"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150)
     assert ran.returncode == 97 and "other threads" in ran.stderr
 
 

@@ -14,10 +14,10 @@ from pydicom import dcmread
 
 from permed_compute.cli import main
 from permed_compute.cli.exits import Exit
+from permed_compute.testing.ports import free_port
 from permed_compute.workloads.radiology.deidentify import require_clean
 
 from .made import write
-from .orthanc import free_port
 from .test_listen import sender
 
 
@@ -75,7 +75,7 @@ def test_listen_until_a_study_is_there(permed, tmp_path):
     files = write(tmp_path / "sent")
 
     def send() -> None:
-        for _ in range(100):
+        for _ in range(900):
             try:
                 sender(port)._c_store(files)
                 return
