@@ -80,6 +80,7 @@ class MemberActor:
         check_fence(paths)
         _speak_into(paths.log)
         processes.adopt_orphans()
+        processes.pin(os.getpid(), _cores(paths) or os.sched_getaffinity(0))  # before it starts what inherits that
         attempt = Attempt.read(paths)
         grant = attempt.grants[slot] if attempt is not None else None
         cpus = grant.cpu_milli / 1000 if grant is not None else 1.0
