@@ -50,13 +50,16 @@ class Runs:
         return attempt.paths.job.results
 
 
-def test_every_omics_job_on_ray(ray_executor: RayExecutor, ray_home: HomePaths, tmp_path: Path) -> None:
-    run = Runs(ray_executor, ray_home)
-    copies, rng = genotypes(2500, 150), np.random.default_rng(0)
-    bed = write_bed(tmp_path / "a", copies)
-    store = run("omics/convert", ("", bed), part_variants=1000) / "genotypes.zarr"
+def converted(run: Runs, copies: np.ndarray, folder: Path) -> Path:
+    store = run("omics/convert", ("", write_bed(folder / "a", copies)), part_variants=1000) / "genotypes.zarr"
     made = GenotypeStore(store)
     assert made.variants == 2500 and made.layout.parts == 3
+    return store
+
+
+def test_genotypes_scores_and_associations(ray_executor: RayExecutor, ray_home: HomePaths, tmp_path: Path) -> None:
+    run, copies, rng = Runs(ray_executor, ray_home), genotypes(2500, 150), np.random.default_rng(0)
+    store = converted(run, copies, tmp_path)
 
     rows, weights = table(2500), rng.normal(size=2500)
     lines = [(c, p, a, r, repr(float(w))) for (c, p, _, r, a), w in zip(rows, weights, strict=True)]
@@ -72,6 +75,11 @@ def test_every_omics_job_on_ray(ray_executor: RayExecutor, ray_home: HomePaths, 
     with gzip.open(found / "y.glm.linear.gz", "rt") as file:
         assert len(file.readlines()) == 2501
 
+
+@pytest.mark.soak  # the same machinery as above; what they compute is proven without Ray
+def test_quality_and_frequencies(ray_executor: RayExecutor, ray_home: HomePaths, tmp_path: Path) -> None:
+    run = Runs(ray_executor, ray_home)
+    store = converted(run, genotypes(2500, 150), tmp_path)
     checked = run("omics/qc", ("genotypes", store), components=2)
     assert {"variants.tsv.gz", "samples.tsv", "kinship.kin0", "components.eigenvec"} <= {
         path.name for path in checked.iterdir()
