@@ -165,31 +165,46 @@ def normalised(block: Any, factor: np.ndarray, kind: str) -> Any:
     return made
 
 
-def gram(block: Any, chosen: np.ndarray, centre: np.ndarray | None, threads: int) -> tuple[np.ndarray, np.ndarray]:
-    """(chosen, chosen) products and (chosen,) sums of a normalised block, float64. centre: of `values`, the means."""
-    if isinstance(block, np.ndarray):
-        assert centre is not None
-        wanted = np.nan_to_num(block[:, chosen].astype(np.float64) - centre, nan=0.0)
-        return wanted.T @ wanted, wanted.sum(axis=0)
-    place = np.full(block.shape[1], -1, np.int64)
-    place[chosen] = np.arange(len(chosen))
-    inside = np.count_nonzero(place[block.indices] >= 0)
-    if inside > _DENSE * block.shape[0] * len(chosen):
-        dense = block[:, chosen].toarray().astype(np.float64)
-        return dense.T @ dense, dense.sum(axis=0)
-    edges = np.linspace(0, block.shape[0], max(1, threads) + 1).astype(int)
+class Products:
+    """Sums over normalised blocks: (chosen, chosen) products and (chosen,) values, float64.
 
-    def some(a: int, b: int) -> tuple[np.ndarray, np.ndarray]:
-        product, total = np.zeros((len(chosen), len(chosen))), np.zeros(len(chosen))
-        _gram(block.indptr[a : b + 1], block.indices, block.data, place, product, total)
-        return product, total
+    chosen: numbers of features; centre: of `values`, their means. Each thread adds to sums of its own, which are put
+    together once: of 2,000 features they are 32 MB, and adding those up for each block took as long as the pairs.
+    """
 
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        pieces = list(pool.map(some, edges[:-1], edges[1:]))
-    half = np.sum([piece[0] for piece in pieces], axis=0)
-    product = half + half.T
-    product[np.diag_indices(len(product))] /= 2
-    return product, np.sum([piece[1] for piece in pieces], axis=0)
+    def __init__(self, chosen: np.ndarray, centre: np.ndarray, threads: int) -> None:
+        count = len(chosen)
+        self._chosen, self._centre = chosen, centre
+        self._product, self._total = np.zeros((count, count)), np.zeros(count)
+        self._halves = [(np.zeros((count, count)), np.zeros(count)) for _ in range(max(1, threads))]
+
+    def add(self, block: Any) -> None:
+        if isinstance(block, np.ndarray):
+            self._add_dense(np.nan_to_num(block[:, self._chosen].astype(np.float64) - self._centre, nan=0.0))
+            return
+        place = np.full(block.shape[1], -1, np.int64)
+        place[self._chosen] = np.arange(len(self._chosen))
+        inside = np.count_nonzero(place[block.indices] >= 0)
+        if inside > _DENSE * block.shape[0] * len(self._chosen):
+            self._add_dense(block[:, self._chosen].toarray().astype(np.float64))
+            return
+        edges = np.linspace(0, block.shape[0], len(self._halves) + 1).astype(int)
+
+        def some(a: int, b: int, half: tuple[np.ndarray, np.ndarray]) -> None:
+            _gram(block.indptr[a : b + 1], block.indices, block.data, place, *half)
+
+        with ThreadPoolExecutor(len(self._halves)) as pool:
+            list(pool.map(some, edges[:-1], edges[1:], self._halves))
+
+    def _add_dense(self, wanted: np.ndarray) -> None:
+        self._product += wanted.T @ wanted
+        self._total += wanted.sum(axis=0)
+
+    def summed(self) -> tuple[np.ndarray, np.ndarray]:
+        half = np.sum([product for product, _ in self._halves], axis=0)
+        pairs = half + half.T
+        pairs[np.diag_indices(len(pairs))] /= 2
+        return self._product + pairs, self._total + np.sum([total for _, total in self._halves], axis=0)
 
 
 @numba.njit(nogil=True, cache=True)

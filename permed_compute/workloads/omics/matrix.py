@@ -45,7 +45,7 @@ from permed_compute.workloads.omics.params import Checked
 from permed_compute.workloads.omics.read import refuse
 from permed_compute.workloads.port import Context, DonePart, Map, Next, Part, PartResult, Result
 
-VERSION = "1"
+VERSION = "2"
 _BLOCK_VALUES = 4_000_000
 """Values of a block of rows that is in memory at a time, counted as if none were zero."""
 _MOST_CHOSEN = 20_000
@@ -160,13 +160,10 @@ def run(part: Part, model: None, ctx: Context) -> PartResult:
         np.savez(ctx.out / "moments.npz", rows=found.rows, total=found.total, square=found.square)
         return PartResult()
     chosen, centre = np.asarray(part.params["chosen"], np.int64), np.asarray(part.params["centre"])
-    product, total = np.zeros((len(chosen), len(chosen))), np.zeros(len(chosen))
+    sums = expression.Products(chosen, centre, ctx.threads)
     for _, _, block, factor in kept.blocks(start, stop):
-        one, sums = expression.gram(
-            expression.normalised(block, factor, kept.kind), chosen, centre, ctx.threads
-        )  # fmt: skip
-        product += one
-        total += sums
+        sums.add(expression.normalised(block, factor, kept.kind))
+    product, total = sums.summed()
     np.savez(ctx.out / "products.npz", product=product, total=total)
     return PartResult()
 
