@@ -217,7 +217,8 @@ graph = Map(run=_graph)
 
 
 def train(spec: Any, ctx: Context) -> Result | None:
-    """Fit a line by SGD with averaged gradients; the loss of every step is the result. Checkpoints as asked."""
+    """Fit a line by SGD with averaged gradients; the loss of every step is the result. Checkpoints as asked; after
+    as many steps as `hold` says it waits until it is to stop."""
     import torch
     import torch.distributed as dist
 
@@ -252,6 +253,8 @@ def train(spec: Any, ctx: Context) -> Result | None:
         time.sleep(spec.params.get("seconds", 0))
         if len(losses) % spec.params.get("every", 10**9) == 0:
             ctx.checkpoint(save)
+        while len(losses) == spec.params.get("hold") and not ctx.should_stop():
+            time.sleep(0.02)
         if ctx.should_stop():
             ctx.checkpoint(save)
             return None
