@@ -26,6 +26,7 @@ from permed_compute.errors import NotFoundError
 from permed_compute.paths import read_json
 from permed_compute.spec import JobSpec
 from permed_compute.states import JobState
+from permed_compute.testing.execution import wait_for
 from permed_compute.testing.slurm import SlurmCluster, SlurmNode
 
 TITLE = "A bag of parts through Slurm"
@@ -128,6 +129,7 @@ class _Rig:
             result: Any = read_json(client.paths(job).results / "result.json")
             name = f"--name=permed-{job.id}-{job.attempt:04d}"
             used = slurm.run("squeue", "--states=all", "--noheader", "--format=%A", name).split()
+            wait_for(lambda: not slurm.run("squeue", "--noheader", name), "its end")  # it writes until then
             return _Told(seconds, len(used)), int(result["values"]["sum"])
 
     def _bare(self, side: str, slurm: SlurmCluster) -> tuple[_Told, int]:
