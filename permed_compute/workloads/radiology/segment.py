@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import hashlib
 import shutil
 import threading
 import weakref
@@ -35,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from permed_compute.errors import Finding, Problem, SpecError, WorkloadError
+from permed_compute.errors import Finding, Problem, RefusedInput, SpecError, WorkloadError
 from permed_compute.spec import JobSpec, parse_memory
 from permed_compute.workloads.port import Context, DonePart, Map, Next, Part, PartResult, Result
 from permed_compute.workloads.radiology import (
@@ -160,14 +161,25 @@ def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part
 
 
 def _of_file(path: Path, told: Mapping[str, Any], ctx: Context) -> Part | None:
-    """None for a store of labels: a finding says so."""
-    digest, subject = volume_files.content_digest(path, ctx), ""
-    if path.is_dir():
-        about = volume_store.VolumeStore(path).about
-        if about["kind"] != "image":
-            ctx.finding(Finding("LABELS_PASSED_OVER", "A store holds labels, no image; passed over.", "note", digest))
-            return None
-        subject = about["subject"]
+    """None for what has no image to segment, a store of labels or one that cannot be read: a finding says so."""
+    subject = ""
+    try:
+        if path.is_dir():
+            about = volume_store.VolumeStore(path).about
+            if about["kind"] != "image":
+                sentence = "A store holds labels, no image; passed over."
+                ctx.finding(Finding("LABELS_PASSED_OVER", sentence, "note", volume_files.content_digest(path, ctx)))
+                return None
+            subject = about["subject"]
+        digest = volume_files.content_digest(path, ctx)
+    except RefusedInput as error:
+        ctx.finding(error.finding)
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:  # the other volumes go on
+        named = hashlib.sha256(str(path).encode()).hexdigest()
+        sentence = f"A store or NIfTI file cannot be opened ({type(error).__name__})."
+        ctx.finding(Finding("VOLUME_UNREADABLE", sentence, "refused", named))
+        return None
     return Part(f"volume-{digest[:16]}", (digest,), told, (str(path),), subject)
 
 

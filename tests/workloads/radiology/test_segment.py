@@ -104,6 +104,18 @@ def test_a_store_that_is_not_what_the_bundle_wants_is_refused(tmp_path, root):
     assert len(outcome.done) == 1 and not outcome.failures
 
 
+@pytest.mark.parametrize("metadata", [None, "{", "[]", "{}", '{"node_type": "array", "shape": [4]}'])
+def test_a_store_that_cannot_be_opened_is_a_finding_and_the_others_go_on(tmp_path, root, metadata):
+    write(tmp_path / "in" / "dicom")
+    (tmp_path / "in" / "broken.zarr").mkdir()
+    if metadata is not None:
+        (tmp_path / "in" / "broken.zarr" / "zarr.json").write_text(metadata)
+    outcome = run_map(WORKLOAD, spec(tmp_path / "in", root), tmp_path / "w")
+    assert len(outcome.done) == 1 and not outcome.failures
+    (finding,) = outcome.context.findings
+    assert finding.severity == "refused" and "broken" not in finding.sentence + finding.about
+
+
 def test_pet_reaches_the_network_in_suv_unless_the_job_says_otherwise(tmp_path, root):
     write(tmp_path / "in", edit=pet_edit())
     activity = load(tmp_path / "in")
