@@ -6,7 +6,6 @@ import csv
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from permed_compute.client import Client, open_client  # noqa: E402
+from permed_compute.client import Client  # noqa: E402
 from permed_compute.errors import ModelRefusedError, StateError  # noqa: E402
 from permed_compute.governance import criteria, judge  # noqa: E402
 from permed_compute.governance.identify import used_by  # noqa: E402
 from permed_compute.learning import evidence  # noqa: E402
-from permed_compute.paths import HomePaths  # noqa: E402
 from permed_compute.spec import JobSpec, Purpose  # noqa: E402
 from permed_compute.testing.context import LocalContext, Outcome, run_map  # noqa: E402
 from permed_compute.workloads.pathology import geojson, heatmap, predict, train  # noqa: E402
@@ -148,18 +146,6 @@ def test_the_gate_reads_what_was_predicted(outcome: Outcome, bundle: Path, other
         assert used_by(spec, tmp_path / "other").digest != used.digest
     finally:
         weights.write_bytes(kept)
-
-
-@pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
-    home = HomePaths(tmp_path / "home")
-    for name, value in {
-        "HOME": home.root, "EXECUTOR": "inprocess", "TRACKING_URI": "none", "ANCHOR": tmp_path / "anchor", "CPUS": "2",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(f"PERMED_{name}", str(value))
-    with open_client() as opened:
-        yield opened
-    shutil.rmtree(home.runtime, ignore_errors=True)
 
 
 def test_a_slide_model_from_predictions_to_care(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +30,6 @@ intended_use: {name: made-up, statement: Labels of nothing in nobody for a test 
 thresholds: [{measure: dice of one, least: 0.5}, {measure: missed structures, most: 0}]
 subgroups: {traits: [sex], least_patients: 2, thresholds: [{measure: dice of one, least: 0.5, of: mean}]}
 """
-
-
-@pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
-    home = HomePaths(tmp_path / "home")
-    for name, value in {
-        "HOME": home.root, "EXECUTOR": "inprocess", "TRACKING_URI": "none", "ANCHOR": tmp_path / "anchor", "CPUS": "2",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(f"PERMED_{name}", str(value))
-    with open_client() as opened:
-        yield opened
-    shutil.rmtree(home.runtime, ignore_errors=True)
 
 
 def done(client: Client, spec: JobSpec) -> Job:
