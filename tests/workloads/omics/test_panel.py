@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import sys
 
 import pytest
 
-from permed_compute.client import open_client
 from permed_compute.errors import RefusedInput, SpecError, WorkloadError
 from permed_compute.execution import records
-from permed_compute.paths import HomePaths, read_json
+from permed_compute.paths import read_json
 from permed_compute.spec import JobSpec
 from permed_compute.workloads.omics import panel, staralleles
 
@@ -64,18 +62,6 @@ CODES = ["NOT_A_NUMBER", "PANEL_FILE_ABSENT", "PANEL_FOLDER_ABSENT", "PANEL_TRUN
 def summary(outcome_or_folder):
     with (outcome_or_folder / "summary.tsv").open() as file:
         return list(csv.DictReader(file, delimiter="\t"))
-
-
-@pytest.fixture
-def client(tmp_path, monkeypatch):
-    home = HomePaths(tmp_path / "home")
-    for name, value in {
-        "HOME": home.root, "EXECUTOR": "inprocess", "TRACKING_URI": "none", "ANCHOR": tmp_path / "anchor", "CPUS": "2",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(f"PERMED_{name}", str(value))
-    with open_client() as opened:
-        yield opened
-    shutil.rmtree(home.runtime, ignore_errors=True)
 
 
 def submitted(client, sheet):
