@@ -108,6 +108,8 @@ class Controller:
     _asked: dict[str, int] = field(default_factory=dict)
     _troubles: dict[str, str] = field(default_factory=dict)
     """What kept a job's last step from being taken, so that the log says it once."""
+    _live_at: tuple[int, list[Job]] = field(default_factory=lambda: (-1, []))
+    """The log's head, and the jobs that live as of then."""
     _settled_at: int = -1
     _look_again_at: int = 0
 
@@ -167,16 +169,23 @@ class Controller:
         # 1. Still the one controller? Writing without the lease is what the fencing numbers would have to catch.
         self._renew()
         # 2. What became of what lives.
-        live = self.queue.jobs(states=LIVE)
+        live = self._live()
         if isinstance(self.executor, Delegated):
             self.executor.expect(self._unsent(live))
         moved = [self._unless_stale(self._watch, job) for job in live]
         # 3. What starts now: a pure decision on a snapshot, committed by compare-and-set or dropped.
         moved.append(self._admit())
         # 4. Launch what is reserved: intent first, then the engine.
-        reserved = self.queue.jobs(states={JobState.RESERVED})
+        reserved = [job for job in self._live() if job.state is JobState.RESERVED]
         moved += [self._unless_stale(self._launch, job) for job in reserved]
         return any(moved)
+
+    def _live(self) -> list[Job]:
+        """The jobs that live, read anew only where the log has grown: it is asked five times a second, for hours."""
+        head = self.queue.head()[0]  # first: what changes from here on is read once more
+        if head != self._live_at[0]:
+            self._live_at = head, self.queue.jobs(states=LIVE)
+        return self._live_at[1]
 
     def _unless_stale(self, step: Callable[[Job], bool], job: Job) -> bool:
         """A step on one job; where a user moved the job at the same moment, the next round sees it anew.

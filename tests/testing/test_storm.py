@@ -28,7 +28,8 @@ from permed_compute.storage.ledger import Ledger
 from permed_compute.testing.engine import FakeEngine
 from permed_compute.testing.storm import Storm
 
-RUNS = 150
+SEEDS = (*range(1, 151), 357, 371)
+"""The last two strike what few runs come to: a preemption decided together with what takes its place."""
 POINTS = (
     "acquire", "submit", "note nodes", "apply RESERVED", "apply LAUNCHING", "apply RUNNING",
     "apply QUEUED", "apply SUCCEEDED", "apply PREEMPTING+QUEUED", "apply CANCELLING", "apply CANCELLED",
@@ -38,14 +39,14 @@ POINTS = (
 
 
 def test_no_promise_is_broken_and_every_commit_point_is_struck() -> None:
-    counts, struck, _, broken = some(tuple(range(1, RUNS + 1)))
+    counts, struck, _, broken = some(SEEDS)
     assert not broken, broken
     hit = {name.rpartition(": ")[0] for name in struck}
     missed = sorted(set(POINTS) - hit)
     assert not missed
     for happened in ("job SUCCEEDED", "job CANCELLED", "crashes", "stalls", "lease lost", "fenced", "parts"):
         assert counts[happened], happened
-    assert counts["acknowledged"] > RUNS
+    assert counts["acknowledged"] > len(SEEDS)
 
 
 def test_a_seed_gives_the_same_run_again(tmp_path: Path) -> None:
