@@ -116,10 +116,11 @@ class _Decision:
             self.cluster.hold(job.grants, held_until(job, now))
             self.tree.add(job.account, job.uses)
         self.holders = sorted(snapshot.live, key=attrgetter("ends_by"))
-        ready = self._promised(valid)
 
-        # 3. Reclaim: what a lowered quota no longer covers, once the stated delay is over.
+        # 3. Reclaim: what a lowered quota no longer covers, once the stated delay is over. Before promises are kept:
+        # on a full cluster they and their victims together are more than the quota.
         self._drain_quotas()
+        ready = self._promised(valid)
 
         # 4. Order: priority band, then slack (clinical), fair share, and within an account submission + expected time.
         shares = levels(policy, self.tree, snapshot.usage, snapshot.live, now)

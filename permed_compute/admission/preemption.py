@@ -14,7 +14,7 @@ checkpoint, newest. Removed greedily until the job fits, then filled back in rev
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from permed_compute.admission.placement import Cluster, held_until
@@ -227,14 +227,18 @@ class _Search:
 
 
 def draining(
-    live: Iterable[Reservation], tree: Tree, policy: Policy, now: int
+    live: Sequence[Reservation], tree: Tree, policy: Policy, now: int
 ) -> list[tuple[Reservation, int]]:  # fmt: skip
     """What is stopped because a quota was lowered under it, with the work lost (ms): least first, only the excess.
 
-    Removes it from the tree. Protected bands run to their end.
+    What is stopping already counts as gone, or another would be stopped for it at each decision of its grace. The tree
+    stays as it was: whoever is stopped holds its quota until it has ended. Protected bands run to their end.
     """
     if not any(figures.excess(place) for figures in tree.flavors.values() for place in range(len(tree.names))):
         return []
+    going = [job for job in live if not job.stoppable]
+    for job in going:
+        tree.remove(job.account, job.uses)
     rank = {band: place for place, band in enumerate(policy.bands)}
     running = [
         job for job in live if job.stoppable and job.account in tree.number and not policy.rules[job.band].protected
@@ -251,4 +255,6 @@ def draining(
         ):  # fmt: skip
             tree.remove(job.account, used)
             chosen.append((job, lost[job.job_id]))
+    for job in (*going, *(job for job, _ in chosen)):
+        tree.add(job.account, job.uses)
     return chosen

@@ -103,7 +103,7 @@ def examine(
     except AuditError as error:
         return [Broken("audit chain", error.message, error.seq)]
     log = _Log(queue)
-    broken = [*_capacity(log, ceilings or {}), *_promises(log), *_words(log), *_fold(log)]
+    broken = [*_capacity(log, ceilings or {}), *_promises(log, ceilings or {}), *_words(log), *_fold(log)]
     broken += [*_kept(log, acknowledged), *_alive(log, lives), *_once(first_publications), *_fenced(log, writes)]
     broken += [*(_decisions(log) if decisions else ()), *(_ended(log) if ended else ())]
     return broken
@@ -187,8 +187,12 @@ def _over(
                 yield Broken("quota", f"{account} holds {amount} of {most[what]} {what}", seq)
 
 
-def _promises(log: _Log) -> Iterator[Broken]:
-    """What was preempted for a waiting job is nobody else's: promised and staying fit, whatever is admitted."""
+def _promises(log: _Log, ceilings: Mapping[str, Mapping[str, int]]) -> Iterator[Broken]:
+    """What was preempted for a waiting job is nobody else's: promised and staying fit, whatever is admitted.
+
+    But for a promise whose node was gone and is back: what it takes, devices and its account's quota, may have been
+    promised to others meanwhile, who are owed nothing then.
+    """
     nodes: dict[str, Node] = {}
     held: dict[str, tuple[Grant, ...]] = {}
     going: set[str] = set()
@@ -215,7 +219,10 @@ def _promises(log: _Log) -> Iterator[Broken]:
         promised.pop(event.job_id, None)
         if event.job_id in dormant and event.after == JobState.RESERVED:
             taken = _devices(grants or ())
-            promised = {name: wanted for name, wanted in promised.items() if not taken & _devices(wanted)}
+            promised = {
+                name: wanted for name, wanted in promised.items()
+                if not taken & _devices(wanted) and not any(_over(log, held | {name: wanted}, ceilings, event.seq))
+            }  # fmt: skip
         dormant.discard(event.job_id)
         if event.reason == "promised" and event.after == JobState.QUEUED:
             promised[event.job_id] = _rows(event, "promised") or ()

@@ -214,6 +214,31 @@ def test_a_lowered_quota_stops_borrowing_and_drains_after_the_stated_delay() -> 
     assert stopped(later) == {"x"} and later.preemptions[0].reason == "quota-lowered"
 
 
+def test_what_is_drained_holds_its_quota_until_it_has_ended_and_nobody_else_is_stopped_for_it() -> None:
+    lowered, now = policy(account("a", 2, borrowing_limit=0), account("b", 6), drain_after=0), NOW + 1000
+    live = [runs("x", "a", range(4), kept_at=NOW), runs("y", "a", [4])]
+    small = job(1, "a", 1)
+    plan = decide(snapshot([node()], [small], live, policy_since=NOW), lowered, now)
+    assert stopped(plan) == {"x"} and started(plan) == [] and reason(plan, "job-1") == "quota"
+    going = [replace(live[0], stoppable=False, ends_by=now + 30_000), live[1]]
+    during = decide(snapshot([node()], [small], going, policy_since=NOW), lowered, now + 1000)
+    assert not during.preemptions and started(during) == []
+    after = decide(snapshot([node()], [small], live[1:], policy_since=NOW), lowered, now + 31_000)
+    assert started(after) == ["job-1"]
+
+
+def test_a_promise_on_a_full_cluster_is_no_lowered_quota() -> None:
+    rule = policy(account("a", 4), account("b", 4, borrowing_limit=0), drain_after=0)
+    going = replace(runs("lent", "b", range(4)), stoppable=False, ends_by=NOW + 30_000)
+    grants = runs("", "a", range(4)).grants
+    waiting = [replace(job(1, "a", 1, workers_min=4, workers_max=4), promised=grants)]
+    for mine in ("a", "b"):  # neither who is owed nor who owes has more than it may: the victim is still there
+        plan = decide(
+            snapshot([node()], waiting, [going, runs("kept", mine, range(4, 8))], policy_since=NOW), rule, NOW + 1
+        )
+        assert not plan.preemptions and reason(plan, "job-1") == "preempting"
+
+
 def test_clinical_batches_go_by_slack() -> None:
     care = policy(account("a", 8), account("b", 8))
     soon = job(9, "b", 8, Band.CLINICAL, deadline=NOW + 4_000_000)
