@@ -36,6 +36,7 @@ CATALOG = {
     "radiology/brain-extraction": "permed_compute.workloads.radiology.infer:WORKLOAD",
     "radiology/evaluate": "permed_compute.workloads.radiology.evaluate:WORKLOAD",
     "radiology/ingest": "permed_compute.workloads.radiology.ingest:WORKLOAD",
+    "radiology/predict": "permed_compute.workloads.radiology.predict:WORKLOAD",
     "radiology/radiomics": "permed_compute.workloads.radiology.characterise:WORKLOAD",
     "radiology/segment": "permed_compute.workloads.radiology.segment:WORKLOAD",
     "radiology/sweep": "permed_compute.workloads.radiology.sweep:WORKLOAD",

@@ -1,8 +1,9 @@
 """An unmodified MONAI bundle over volumes: its own network, preprocessing and windows, our streamed way to labels.
 
     check(folder) -> Checked            digest of every file; weights that are other than said, or pickled, are refused
-    open_bundle(folder, …) -> Runner    in this process where the digest is allow-listed, else in a sealed one
+    Plain(folder, …) -> Runner          in this process: `runners.open_bundle` decides between this and a sealed one
     Runner.segment(image, grid) -> Segmented
+    Runner.probabilities(image) -> {class: 0 to 1}
 
 A bundle's `$` expressions are Python that runs when its configuration is read, so reading is already running it.
 Whoever operates the machines says which digests are trusted (`cluster/bundles.yaml`, and the file that
@@ -12,6 +13,8 @@ own folder (`sealed.py`), and see pixels and an affine, no names.
 `inference.json` must have the keys that MONAI's bundle specification names: `network_def`, `inferer`, `preprocessing`
 for one image (`image`); `postprocessing` may be absent. Activation, argmax or threshold and the inversion of the
 preprocessing are done in the stream; a bundle whose postprocessing does anything else runs as MONAI would run it.
+A bundle that answers with probabilities has, instead of `inferer`, what `publish_classes` writes: `classes` and
+`probabilities`, a function of the preprocessed item.
 """
 
 from __future__ import annotations
@@ -20,33 +23,34 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from threading import Lock, Timer
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
 
-from permed_compute.errors import NotFoundError, PermedError, WorkloadError
-from permed_compute.workloads.radiology import precision, sealed, sliding
+from permed_compute.errors import NotFoundError, WorkloadError
+from permed_compute.workloads.radiology import precision, sliding
 from permed_compute.workloads.radiology.sliding import Decision, Grid, Windows
 
 CONFIG = "configs/inference.json"
 WEIGHTS = "models/model.pt"
 ALLOWED = "PERMED_ALLOWED_BUNDLES"
-LONGEST_STUDY_S = 3600
 _MOST_FILES = 2000
 _DRIFT = 0.01
 """Voxels by which an axis may run askew over the whole volume before the grids are not called parallel."""
+LABELS, PROBABILITIES = "labels", "probabilities"
+_NEEDED = {
+    LABELS: ("network_def", "inferer", "preprocessing"),
+    PROBABILITIES: ("network_def", "preprocessing", "classes", "probabilities"),
+}
+_MOST_CLASSES, _LONGEST_CLASS = 1000, 64
 _PASSING = frozenset({"EnsureType", "EnsureTyped", "SaveImage", "SaveImaged", "ToTensord", "ToDeviced"})
 
 
@@ -59,11 +63,13 @@ class Options:
     flips: tuple[tuple[int, ...], ...] = ()
     """Test-time augmentation: axes 0-2 of each flip; the image as it is is always among them."""
     keep_bytes: int = sliding.KEEP_BYTES
+    answers: str = LABELS
+    """Or PROBABILITIES; of the first weights, of the image as it is."""
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Options:
         flips = tuple(tuple(flip) for flip in row["flips"])
-        return cls(tuple(row["weights"]), flips, row["keep_bytes"])
+        return cls(tuple(row["weights"]), flips, row["keep_bytes"], row["answers"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,18 +232,15 @@ class Runner(Protocol):
         """Labels on the voxels of a NIfTI of this shape and affine (RAS, mm), which is consumed, or was prepared."""
         ...
 
+    def probabilities(self, image: Path | Prepared) -> dict[str, float]:
+        """Of each class that the bundle answers for, 0 to 1, for a NIfTI, which is consumed, or was prepared."""
+        ...
+
     def calibrate(self, tolerance: float) -> Mapping[str, Any]:
         """The fastest variant within the tolerance on this machine: `precision.Choice` as a dict."""
         ...
 
     def close(self) -> None: ...
-
-
-def open_bundle(bundle: Checked, options: Options, *, device: str, threads: int, scratch: Path) -> Runner:
-    """In this process where the digest is allowed; else sealed, or `EngineError` where that cannot be done here."""
-    if bundle.digest in allowed():
-        return Plain(bundle.root, options, device=device, threads=threads, scratch=scratch)
-    return Sealed(bundle, options, device=device, threads=threads, scratch=scratch)
 
 
 class Plain:
@@ -256,21 +259,27 @@ class Plain:
         self.parser = ConfigParser()
         self.parser.read_config(root / CONFIG)
         raw = self.parser.get()
-        missing = [key for key in ("network_def", "inferer", "preprocessing") if key not in raw]
+        missing = [key for key in _NEEDED[options.answers] if key not in raw]
         if missing:
             raise WorkloadError(
-                f"inference.json has no {' and no '.join(missing)}.", remedy="See MONAI's bundle specification."
+                f"inference.json has no {' and no '.join(missing)}.",
+                remedy="See MONAI's bundle specification."
+                if options.answers == LABELS
+                else "Give a bundle of radiology/train-classification; radiology/segment runs those that segment.",
             )
         self.parser.update({"bundle_root": str(root), "device": f"$torch.device({device!r})"})
         if "output_dir" in raw:
             self.parser.update({"output_dir": str(scratch / "saved")})
-        self.decision, self.late = _decision(raw.get("postprocessing"))
         self.preprocessing = self._content("preprocessing")
+        self._preparing = Lock()
+        if options.answers == PROBABILITIES:
+            self.networks = [_loaded(self._content("network"), root / options.weights[0], self.device)]
+            return
+        self.decision, self.late = _decision(raw.get("postprocessing"))
         self.windows = _windows(self._content("inferer"))
         self.networks = [self._network(root / name) for name in options.weights]
         self.machine = precision.machine(device, threads)
         self._clocks: dict[str, precision.Clock] = {}
-        self._preparing = Lock()
 
     def _content(self, key: str) -> Any:
         return self.parser.get_parsed_content(key)
@@ -279,14 +288,7 @@ class Plain:
         from copy import deepcopy
 
         network = deepcopy(self._content("network_def"))  # the parser gives the same one again for an ensemble
-        state = _state_dict(weights)
-        try:
-            network.load_state_dict(state)
-        except RuntimeError:
-            raise WorkloadError(
-                f"{weights.name} does not fit the bundle's network.", remedy="Give the weights that belong to it."
-            ) from None
-        return network.to(self.device).eval()
+        return _loaded(network, weights, self.device)
 
     def prepare(self, image: Path) -> Prepared:
         with self._preparing:  # MONAI's transforms do not promise to run beside themselves
@@ -309,6 +311,14 @@ class Plain:
         roi = tuple(r if r > 0 else n for r, n in zip(used.roi_size, tensor.shape[1:], strict=True))
         shrunk = used.roi_size != self.windows.roi_size
         return Segmented(frame.back(found), roi, shrunk, True, clock.seconds - before)
+
+    def probabilities(self, image: Path | Prepared) -> dict[str, float]:
+        import torch
+
+        item = (image if isinstance(image, Prepared) else self.prepare(image)).item
+        with torch.inference_mode():
+            found = self._content("probabilities")(item)
+        return probabilities_of(dict(zip(self._content("classes"), found, strict=True)))
 
     def _clock(self, variant: Variant) -> precision.Clock:
         """The predictor of a variant; one that was chosen on another type of machine must first show its labels here.
@@ -371,6 +381,29 @@ class Plain:
 
     def close(self) -> None:
         self.networks.clear()
+
+
+def _loaded(network: Any, weights: Path, device: Any) -> Any:
+    """The network with these weights. Raises `WorkloadError` where they are another's."""
+    state = _state_dict(weights)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError:
+        raise WorkloadError(
+            f"{weights.name} does not fit the bundle's network.", remedy="Give the weights that belong to it."
+        ) from None
+    return network.to(device).eval()
+
+
+def probabilities_of(found: Any) -> dict[str, float]:
+    """What a bundle answered, as it may leave. Raises `WorkloadError` for anything but numbers from 0 to 1 by class."""
+    good = isinstance(found, dict) and 0 < len(found) <= _MOST_CLASSES
+    for name, value in found.items() if good else ():
+        good &= isinstance(name, str) and name.isprintable() and 0 < len(name) <= _LONGEST_CLASS
+        good &= isinstance(value, float | int) and 0 <= value <= 1
+    if not good:
+        raise WorkloadError("The bundle's answer is not a probability for each of its classes.")
+    return {name: float(value) for name, value in found.items()}
 
 
 def _state_dict(path: Path) -> Any:
@@ -488,166 +521,3 @@ class Frame:
 def _whole_number(value: float) -> float:
     """Affines in float32 miss whole numbers by a hair; a voxel that lies on another is not interpolated."""
     return float(round(value)) if abs(value - round(value)) < 1e-4 else value
-
-
-# ------------------------------------------------------------------------------------------------ sealed
-
-
-class Sealed:
-    """The bundle in a process of its own that stays from study to study; pixels in, labels out, through one folder."""
-
-    is_sealed = True
-
-    def __init__(self, bundle: Checked, options: Options, *, device: str, threads: int, scratch: Path) -> None:
-        above = scratch / "sealed"
-        above.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.folder = Path(tempfile.mkdtemp(dir=above))
-        self._limit = LONGEST_STUDY_S
-        self._threads = threads
-        self._setup: dict[str, Any] = {
-            "root": str(bundle.root.resolve()), "device": device, "threads": threads, "options": asdict(options)
-        }  # fmt: skip
-        self._start()
-
-    def _start(self) -> None:
-        answer, give = os.pipe()
-        command = [
-            sys.executable, "-I", "-m", sealed.__name__, str(self.folder), self._setup["root"], "--", __name__,
-            str(give),
-        ]  # fmt: skip
-        with (self.folder / "log").open("wb") as errors:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(give,),
-                env=sealed.environment(self.folder, self._threads), cwd=self.folder, start_new_session=True,
-            )  # fmt: skip
-        os.close(give)
-        self._answers = os.fdopen(answer, encoding="utf-8", errors="replace")
-        self._ask(self._setup)
-
-    def prepare(self, image: Path) -> Path:
-        """Nothing: the sealed process does one thing at a time."""
-        return image
-
-    def segment(
-        self, image: Path | Prepared, shape: Sequence[int], affine: np.ndarray, variant: Variant = Variant()
-    ) -> Segmented:
-        assert isinstance(image, Path)
-        if self._process.poll() is not None:
-            self._start()  # one study broke it; the others go on
-        given, found = self.folder / "image.nii", self.folder / "labels.npy"
-        shutil.move(image, given)
-        row = self._ask({
-            "image": str(given), "shape": list(shape), "affine": np.asarray(affine).tolist(),
-            "variant": [variant.name, variant.machine, variant.tolerance],
-        })  # fmt: skip
-        try:
-            labels = np.load(found, allow_pickle=False)
-        except (OSError, ValueError):
-            raise WorkloadError("The sealed bundle left no labels.", remedy="See the bundle's own tests.") from None
-        finally:
-            given.unlink(missing_ok=True)
-            found.unlink(missing_ok=True)
-        if labels.shape != tuple(shape) or labels.dtype not in (np.uint8, np.int16):
-            raise WorkloadError("The sealed bundle left something else than labels of the image's voxels.")
-        windows = tuple(int(n) for n in row["windows"])[:3]
-        return Segmented(labels, windows, bool(row["shrunk"]), bool(row["streamed"]), float(row["network_s"]))
-
-    def calibrate(self, tolerance: float) -> Mapping[str, Any]:
-        row = self._ask({"tolerance": tolerance})
-        if row.get("variant") not in precision.VARIANTS:
-            raise WorkloadError("The sealed bundle chose a variant that does not exist.")
-        return row
-
-    def _ask(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """One line each way. What the sealed process says is data: only its kind of error is told on, not its words."""
-        watch = Timer(self._limit, self._process.kill)
-        watch.daemon = True
-        watch.start()
-        try:
-            assert self._process.stdin is not None
-            self._process.stdin.write((json.dumps(row) + "\n").encode())
-            self._process.stdin.flush()
-            answer = json.loads(self._answers.readline(1 << 16))
-            if "error" in answer:
-                raise _told(answer["error"])
-            return dict(answer)
-        except (OSError, ValueError, TypeError, KeyError):
-            raise self._lost() from None
-        finally:
-            watch.cancel()
-
-    def _lost(self) -> PermedError:
-        status = self._end()
-        if status == sealed.UNSEALED:
-            return sealed.cannot(self.folder / "log")
-        return WorkloadError(
-            f"The sealed bundle ended (status {status}): it broke, or tried what it may not.",
-            remedy="If it is trusted, an operator can allow its digest.",
-        )
-
-    def _end(self) -> int:
-        for pipe in (self._process.stdin, self._answers):
-            with suppress(OSError):
-                if pipe is not None:
-                    pipe.close()
-        try:
-            return self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
-
-    def close(self) -> None:
-        self._end()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_answers") and self._process.poll() is None:
-            self.close()
-
-
-_KINDS: dict[str, type[PermedError]] = {
-    "out-of-memory": sliding.OutOfMemoryError,
-    "workload": WorkloadError,
-    "not-found": NotFoundError,
-}
-
-
-def _told(error: Any) -> PermedError:
-    kind = _KINDS.get(str(error.get("code")))
-    text = "".join(c for c in str(error.get("message"))[:300] if c.isprintable())
-    if kind is None:
-        return WorkloadError(f"The sealed bundle raised {text[:60]}.", remedy="See the bundle's own tests.")
-    return kind(f"In the sealed bundle: {text}")
-
-
-def main(arguments: list[str]) -> int:
-    """Inside the sealed process: set up from the first line of stdin, then a study per line, until it is closed."""
-    folder = Path.cwd()
-    sys.pycache_prefix = str(folder / "pycache")  # compiled files in the bundle's folder are not in its digest
-    with os.fdopen(int(arguments[0]), "w", encoding="utf-8") as answers:
-        runner: Plain | None = None
-        for line in sys.stdin:
-            row = json.loads(line)
-            try:
-                if runner is None:
-                    options = Options.of(row["options"])
-                    runner = Plain(
-                        Path(row["root"]), options, device=row["device"], threads=row["threads"], scratch=folder
-                    )
-                    answer: dict[str, Any] = {}
-                elif "tolerance" in row:
-                    answer = dict(runner.calibrate(row["tolerance"]))
-                else:
-                    variant = Variant(*row["variant"])
-                    done = runner.segment(Path(row["image"]), row["shape"], np.array(row["affine"]), variant)
-                    np.save(folder / "labels.npy", done.labels, allow_pickle=False)
-                    answer = {
-                        "windows": done.windows, "shrunk": done.shrunk, "streamed": done.streamed,
-                        "network_s": done.network_s,
-                    }  # fmt: skip
-            except PermedError as error:
-                answer = {"error": {"code": error.code, "message": str(error)}}
-            except Exception as error:  # noqa: BLE001 - the bundle's code raises whatever it likes
-                answer = {"error": {"code": "code", "message": type(error).__name__}}
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
-    return 0

@@ -71,7 +71,7 @@ class Bundled:
 
     def labels(self, volume: Volume) -> np.ndarray:
         from permed_compute.workloads.radiology.pet import as_suv
-        from permed_compute.workloads.radiology.segment import write_image
+        from permed_compute.workloads.radiology.studies import write_image
 
         if self.suv and volume.modality == "PT":
             volume, _ = as_suv(volume)
@@ -115,13 +115,13 @@ def load(spec: JobSpec, ctx: Context, params: Mapping[str, Any]) -> Network:
     if not is_bundled(spec):
         return Brain(infer.load_model(spec, ctx), params["threshold"])
     from permed_compute.spec import parse_memory
-    from permed_compute.workloads.radiology import bundle, outputs, segment
+    from permed_compute.workloads.radiology import bundle, outputs, runners, segment
 
     checked = segment.checked_bundle(spec.model_copy(update={"params": dict(params)}), ctx)
     flips = tuple(tuple(flip) for flip in params["flips"])
     options = bundle.Options(tuple(params["weights"]), flips, parse_memory(params["keep_memory"]) << 20)
     with ctx.stage("load model"):
-        runner = bundle.open_bundle(
+        runner = runners.open_bundle(
             checked, options, device=ctx.device, threads=ctx.threads, scratch=ctx.scratch
         )  # fmt: skip
     segments = tuple(outputs.Segment(row["label"], tuple(row["code"])) for row in params["segments"])

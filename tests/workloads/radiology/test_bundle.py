@@ -15,8 +15,9 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from permed_compute.errors import EngineError, NotFoundError, WorkloadError
-from permed_compute.workloads.radiology import bundle, precision, sliding
-from permed_compute.workloads.radiology.bundle import Frame, Options, Plain, Sealed, Variant, check
+from permed_compute.workloads.radiology import bundle, precision, runners, sliding
+from permed_compute.workloads.radiology.bundle import Frame, Options, Plain, Variant, check
+from permed_compute.workloads.radiology.runners import Sealed
 from permed_compute.workloads.radiology.sliding import Decision, Windows
 
 from .bundles import config, write_bundle
@@ -267,7 +268,7 @@ def test_what_nobody_vouches_for_runs_sealed_and_to_the_same_labels(values, tmp_
     (root / "scripts").mkdir()
     (root / "scripts" / "__init__.py").touch()
     (root / "scripts" / "naughty.py").write_text(NAUGHTY)
-    runner = bundle.open_bundle(check(root), Options(), device="cpu", threads=1, scratch=tmp_path)
+    runner = runners.open_bundle(check(root), Options(), device="cpu", threads=1, scratch=tmp_path)
     try:
         assert isinstance(runner, Sealed)
         found = run(runner, tmp_path, values).labels
@@ -299,7 +300,7 @@ def test_where_sealing_is_not_possible_nothing_runs(tmp_path, monkeypatch):
     root = write_bundle(tmp_path / "b", config())
     fake_python(tmp_path, monkeypatch, "echo 'not sealed: the kernel has Landlock version 0' >&2; exit 97")
     with pytest.raises(EngineError, match=r"cannot seal.*Landlock version 0"):
-        bundle.open_bundle(check(root), Options(), device="cpu", threads=1, scratch=tmp_path)
+        runners.open_bundle(check(root), Options(), device="cpu", threads=1, scratch=tmp_path)
 
 
 @pytest.mark.parametrize("script", ["exit 1", "kill -9 $$", "read x; echo nonsense >&0; exit 0"])
@@ -307,7 +308,7 @@ def test_a_sealed_process_that_breaks_is_a_named_failure(tmp_path, monkeypatch, 
     root = write_bundle(tmp_path / "b", config())
     fake_python(tmp_path, monkeypatch, script)
     with pytest.raises(WorkloadError, match="sealed bundle ended"):
-        bundle.open_bundle(check(root), Options(), device="cpu", threads=1, scratch=tmp_path)
+        runners.open_bundle(check(root), Options(), device="cpu", threads=1, scratch=tmp_path)
 
 
 def test_a_process_with_threads_is_not_sealed():
@@ -328,7 +329,7 @@ def test_an_operators_list_lets_a_digest_run_here(tmp_path, monkeypatch):
     listed = tmp_path / "bundles.yaml"
     listed.write_text(f"allowed:\n  {checked.digest}: made for a test\n")
     monkeypatch.setenv(bundle.ALLOWED, str(listed))
-    assert isinstance(bundle.open_bundle(checked, Options(), device="cpu", threads=1, scratch=tmp_path), Plain)
+    assert isinstance(runners.open_bundle(checked, Options(), device="cpu", threads=1, scratch=tmp_path), Plain)
     listed.write_text("allowed: [")
     with pytest.raises(WorkloadError, match="cannot be read"):
         bundle.allowed()

@@ -122,6 +122,11 @@ def test_the_bundle_runs_with_monai_and_answers_as_the_judge(
     assert told["probabilities"]["lesion"] == pytest.approx(judge.probabilities(model.eval(), scan)[0], abs=1e-5)
     assert done.values["bundle_digest"] == bundle.check(root).digest
 
+    runner = bundle.Plain(
+        root, bundle.Options(answers=bundle.PROBABILITIES), device="cpu", threads=1, scratch=tmp_path
+    )  # fmt: skip
+    assert runner.probabilities(tmp_path / "data" / "a.nii.gz") == pytest.approx(told["probabilities"], abs=1e-6)
+
 
 def test_classes_that_can_be_there_together_are_told_apart_one_by_one(dataset: Path, tmp_path: Path) -> None:
     def both(told: dict[str, Any]) -> None:

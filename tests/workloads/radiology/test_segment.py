@@ -16,8 +16,9 @@ from pydicom import dcmread
 from permed_compute.errors import RefusedInput, SpecError, WorkloadError
 from permed_compute.spec import DataRef, JobSpec
 from permed_compute.testing.context import LocalContext, run_map
-from permed_compute.workloads.radiology import bundle, pet, segment, volume_store
-from permed_compute.workloads.radiology.segment import NIFTI, OVERLAY, SEG, WORKLOAD, Budget, params_of
+from permed_compute.workloads.radiology import bundle, pet, segment, studies, volume_store
+from permed_compute.workloads.radiology.segment import NIFTI, OVERLAY, SEG, WORKLOAD, params_of
+from permed_compute.workloads.radiology.studies import BUDGET, Budget
 
 from .bundles import config, write_bundle
 from .made import load, write
@@ -51,7 +52,7 @@ def test_each_series_gives_labels_a_seg_a_picture_and_rows(tmp_path, root):
     for item in outcome.done:
         assert {file.name for file in item.folder.iterdir()} == {SEG, NIFTI, OVERLAY}
         volume = next(v for v in (load(tmp_path / "in" / n) for n in "ab") if v.series == item.values["series"])
-        segment.write_image(volume, tmp_path / "i.nii")
+        studies.write_image(volume, tmp_path / "i.nii")
         expected = runner.segment(tmp_path / "i.nii", volume.array.shape, volume.affine_ras).labels
         found = nibabel.load(item.folder / NIFTI)
         assert np.array_equal(np.asarray(found.dataobj), expected)
@@ -75,7 +76,7 @@ def test_without_codes_there_is_no_seg(tmp_path, root):
 def test_stores_and_nifti_give_the_labels_of_their_series(tmp_path, root):
     write(tmp_path / "in" / "dicom")
     volume = load(tmp_path / "in" / "dicom")
-    segment.write_image(volume, tmp_path / "in" / "image.nii.gz")
+    studies.write_image(volume, tmp_path / "in" / "image.nii.gz")
     volume_store.write(tmp_path / "in" / "image.zarr", volume, inputs=["a" * 64], subject="p-1")
     volume_store.write(tmp_path / "in" / "label.zarr", volume, inputs=["b" * 64], kind="label")
     outcome = run_map(WORKLOAD, spec(tmp_path / "in", root, segments=SEGMENTS), tmp_path / "w")
@@ -138,7 +139,7 @@ def test_a_bad_series_fails_alone_and_gives_its_memory_back(tmp_path, root):
     (error,) = outcome.failures.values()
     assert isinstance(error, RefusedInput) and error.finding.code == "MISSING_SLICES" and len(outcome.done) == 1
     gc.collect()
-    assert segment.BUDGET._held == 0
+    assert BUDGET._held == 0
 
 
 def test_the_variant_is_measured_once_and_is_part_of_the_key(tmp_path, root, monkeypatch):
