@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.work.memory import most_mib
+
 COMPONENTS = 50
 PATIENCE_S = 240
 """CPU seconds until one is stopped (SIGXCPU)."""
@@ -75,19 +77,13 @@ def _scanpy(adata: Any, count: int) -> list[str]:
     return list(adata.var_names[adata.var["highly_variable"]])
 
 
-def _most_memory_kib() -> int:
-    """Of this program; `ru_maxrss` also counts what the parent held when it forked."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1])
-
-
 def main(what: str, folder: str, count: str) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (PATIENCE_S, PATIENCE_S + 10))
     genes = {"ours": ours, "scanpy": scanpy, "dask": dask}[what](Path(folder), int(count))
     used = resource.getrusage(resource.RUSAGE_SELF)
     row = {
         "cpu_s": used.ru_utime + used.ru_stime,
-        "mib": _most_memory_kib() / 1024,
+        "mib": most_mib(),
         "genes": hashlib.sha256("\n".join(sorted(genes)).encode()).hexdigest(),
     }
     print(json.dumps(row))

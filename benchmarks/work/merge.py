@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.work.memory import most_mib
 from permed_compute.workloads.pathology import geojson, merge, outlines
 from permed_compute.workloads.pathology.labels import Named
 
@@ -84,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         began = time.perf_counter()
         way(folder, Path(out))
-        took, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        took, peak = time.perf_counter() - began, most_mib()
         found = [item["properties"]["measurements"] for item in geojson.read(Path(out) / merge.OBJECTS)]
     told = {
         "seconds": took, "peak_mib": peak, "objects": len(found),
