@@ -120,10 +120,7 @@ def load(spec: JobSpec, ctx: Context, params: Mapping[str, Any]) -> Network:
     checked = segment.checked_bundle(spec.model_copy(update={"params": dict(params)}), ctx)
     flips = tuple(tuple(flip) for flip in params["flips"])
     options = bundle.Options(tuple(params["weights"]), flips, parse_memory(params["keep_memory"]) << 20)
-    with ctx.stage("load model"):
-        runner = runners.open_bundle(
-            checked, options, device=ctx.device, threads=ctx.threads, scratch=ctx.scratch
-        )  # fmt: skip
+    runner = runners.loaded(checked, options, ctx)
     segments = tuple(outputs.Segment(row["label"], tuple(row["code"])) for row in params["segments"])
     name, version = bundle.title(checked)
     text = f"variant={params['variant']} flips={list(map(list, flips))} weights={len(params['weights'])}"

@@ -90,11 +90,7 @@ def reduce(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) 
 
 def load_model(spec: JobSpec, ctx: Context) -> bundle.Runner:
     """The bundle, loaded once per worker: here where its digest is allowed, else in a sealed process."""
-    options = bundle.Options(answers=bundle.PROBABILITIES)
-    with ctx.stage("load model"):
-        return runners.open_bundle(
-            checked_bundle(spec, ctx), options, device=ctx.device, threads=ctx.threads, scratch=ctx.scratch
-        )
+    return runners.loaded(checked_bundle(spec, ctx), bundle.Options(answers=bundle.PROBABILITIES), ctx)
 
 
 def model_digest(spec: JobSpec, ctx: Context) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from permed_compute.errors import NotFoundError, PermedError, WorkloadError
+from permed_compute.workloads.port import Context
 from permed_compute.workloads.radiology import precision, sealed, sliding
 from permed_compute.workloads.radiology.bundle import (
     Checked,
@@ -43,6 +44,12 @@ def open_bundle(bundle: Checked, options: Options, *, device: str, threads: int,
     if bundle.digest in allowed():
         return Plain(bundle.root, options, device=device, threads=threads, scratch=scratch)
     return Sealed(bundle, options, device=device, threads=threads, scratch=scratch)
+
+
+def loaded(bundle: Checked, options: Options, ctx: Context) -> Runner:
+    """For a worker, once: `open_bundle` on its device."""
+    with ctx.stage("load model"):
+        return open_bundle(bundle, options, device=ctx.device, threads=ctx.threads, scratch=ctx.scratch)
 
 
 class Sealed:

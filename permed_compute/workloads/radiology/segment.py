@@ -230,10 +230,7 @@ def load_model(spec: JobSpec, ctx: Context) -> bundle.Runner:
     params = params_of(spec.params)
     flips = tuple(tuple(flip) for flip in params["flips"])
     options = bundle.Options(tuple(params["weights"]), flips, parse_memory(params["keep_memory"]) << 20)
-    with ctx.stage("load model"):
-        return runners.open_bundle(
-            checked_bundle(spec, ctx), options, device=ctx.device, threads=ctx.threads, scratch=ctx.scratch
-        )
+    return runners.loaded(checked_bundle(spec, ctx), options, ctx)
 
 
 def model_digest(spec: JobSpec, ctx: Context) -> str:
