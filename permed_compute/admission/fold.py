@@ -240,10 +240,16 @@ class Picture:
         self._specs: dict[str, JobSpec] = {}
         self._lock = threading.Lock()
         self._state = State(self._specs.__getitem__, grace_ms)
+        self._begun = self._done = 0
+        """The number of the newest look that began, and of the newest that saw all there was."""
 
     def look(self) -> State:
         """The state as the log stands now. Read it at once: the next look changes it."""
+        before = self._begun
         with self._lock:
+            if self._done > before:  # it began after this call did: many submitters at once share few looks
+                return self._state
+            self._begun += 1
             while events := self._queue.events(after=self._state.seq, limit=_PAGE):
                 self._learn([event.job_id for event in events if event.action == "SUBMITTED"])
                 for event in events:
@@ -252,6 +258,7 @@ class Picture:
                         del self._specs[event.job_id]  # the state's job has it now
                 if len(events) < _PAGE:
                     break
+            self._done = self._begun
             return self._state
 
     def expect(self, jobs: Iterable[Job]) -> None:
