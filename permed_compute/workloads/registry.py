@@ -12,6 +12,7 @@ from typing import Any
 
 from permed_compute.errors import WorkloadError
 from permed_compute.spec import JobSpec
+from permed_compute.workloads.from_source import compile_anew
 from permed_compute.workloads.port import Gang, Map, PartResult, Workload
 
 CATALOG = {
@@ -135,6 +136,7 @@ def _put_first(folder: Path, digest: str) -> None:
                 del sys.modules[name]
         importlib.invalidate_caches()
         _loaded[place] = digest
+    compile_anew(folder)
     if sys.path[:1] != [place]:
         sys.path.insert(0, place)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ RUN = "def run(part, ctx):\n    return {'from': %r}\n"
 @pytest.fixture(autouse=True)
 def leave_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     yield
     sys.modules.pop("namesake", None)
 
@@ -40,11 +42,13 @@ def test_a_namesake_in_another_folder_does_not_stand_in(tmp_path: Path) -> None:
 
 def test_changed_code_is_run_and_is_another_version(tmp_path: Path) -> None:
     (tmp_path / "namesake.py").write_text(RUN % "before")
+    os.utime(tmp_path / "namesake.py", (1_700_000_000, 1_700_000_000))
     before = registry.find(spec(tmp_path))
     assert answer(before) == "before"
-    (tmp_path / "namesake.py").write_text(RUN % "after it")
+    (tmp_path / "namesake.py").write_text(RUN % "behind")  # as long, and within the same second
+    os.utime(tmp_path / "namesake.py", (1_700_000_000, 1_700_000_000))
     after = registry.find(spec(tmp_path))
-    assert answer(after) == "after it" and after.version != before.version
+    assert answer(after) == "behind" and after.version != before.version
 
 
 def test_the_shape_is_read_from_the_parameters(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from permed_compute.errors import NotFoundError, WorkloadError
+from permed_compute.workloads.from_source import compile_anew
 from permed_compute.workloads.radiology import precision, sliding
 from permed_compute.workloads.radiology.sliding import Decision, Grid, Windows
 
@@ -254,6 +255,7 @@ class Plain:
 
         torch.set_num_threads(max(1, threads))
         self.options, self.device, self.scratch = options, torch.device(device), scratch
+        compile_anew(root)
         if str(root) not in sys.path:
             sys.path.insert(0, str(root))  # a bundle's own `scripts`
         self.parser = ConfigParser()

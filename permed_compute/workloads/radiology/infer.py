@@ -104,14 +104,18 @@ def plan(spec: JobSpec, state: Mapping[str, Any], ctx: Context) -> Iterable[Part
 
 
 def wanted(
-    refs: Iterable[DataRef], modalities: Sequence[str], ctx: Context, skip: Callable[[str], bool] = lambda source: False
+    refs: Iterable[DataRef],
+    modalities: Sequence[str],
+    ctx: Context,
+    skip: Callable[[str, Path], bool] = lambda source, below: False,
 ) -> list[Series]:
     """The image series below `refs` of these modalities; all image series where there is none of them.
 
-    skip: which files are no business of DICOM's.
+    skip: which files below an input are no business of DICOM's.
     """
+    places = [Path(ref.path) for ref in refs]
     with ctx.stage("scan"):
-        sources = sorted({source for ref in refs for source in read.find(Path(ref.path)) if not skip(source)})
+        sources = sorted({source for place in places for source in read.find(place) if not skip(source, place)})
         inventory = read.scan(sources, ctx.digest, ctx.threads)
     for finding in inventory.findings:
         ctx.finding(finding)

@@ -190,12 +190,12 @@ def _referenced(path: Path) -> list[Path]:
         records = dcmread(path).get("DirectoryRecordSequence") or ()
     except (InvalidDicomError, EOFError, OSError):
         return [path]
-    folder = path.resolve().parent
+    folder, real = path.parent, path.resolve().parent
     files = set()
     for record in records:
         name = record.get("ReferencedFileID") or ()
-        file = folder.joinpath(*([name] if isinstance(name, str) else name)).resolve()
-        if name and file.is_relative_to(folder):
+        file = folder.joinpath(*([name] if isinstance(name, str) else name))
+        if name and file.resolve().is_relative_to(real):
             files.add(file)
     return sorted(files)
 

@@ -191,7 +191,6 @@ def _told(error: Any) -> PermedError:
 def main(arguments: list[str]) -> int:
     """Inside the sealed process: set up from the first line of stdin, then a study per line, until it is closed."""
     folder = Path.cwd()
-    sys.pycache_prefix = str(folder / "pycache")  # compiled files in the bundle's folder are not in its digest
     with os.fdopen(int(arguments[0]), "w", encoding="utf-8") as answers:
         runner: Plain | None = None
         for line in sys.stdin:

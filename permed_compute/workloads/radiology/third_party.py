@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from permed_compute.errors import Finding, Problem, RefusedInput, SpecError, WorkloadError
 from permed_compute.paths import write_json
 from permed_compute.spec import JobSpec, parse_duration
+from permed_compute.workloads.from_source import compile_anew
 from permed_compute.workloads.port import Context, DonePart, Map, Part, PartResult, Result
 from permed_compute.workloads.radiology import sealed
 
@@ -284,7 +285,7 @@ def main(arguments: list[str]) -> int:
     if call.get("probe"):
         return 0
     folder = Path.cwd()
-    sys.pycache_prefix = str(folder / "pycache")  # compiled files in the model's folder are not in its digest
+    compile_anew(model)
     image, labels = folder / IMAGE, folder / LABELS
     if call["command"]:
         names = {"{image}": str(image), "{labels}": str(labels)}

@@ -28,10 +28,12 @@ def is_one(path: Path) -> bool:
     return path.is_dir() if path.name.endswith(volume_store.SUFFIX) else nifti.is_nifti(path) and path.is_file()
 
 
-def is_within(source: str) -> bool:
-    """Whether a file is NIfTI or a piece of a store."""
+def is_within(source: str, below: Path) -> bool:
+    """Whether a file at or below `below` is NIfTI or a piece of a store; what lies above an input says nothing."""
     path = Path(source)
-    return nifti.is_nifti(path) or any(part.endswith(volume_store.SUFFIX) for part in path.parts)
+    return nifti.is_nifti(path) or any(
+        part.endswith(volume_store.SUFFIX) for part in path.relative_to(below.parent).parts
+    )
 
 
 def content_digest(path: Path, ctx: Context) -> str:

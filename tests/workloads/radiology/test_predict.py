@@ -114,7 +114,6 @@ def test_the_sealed_process_says_on_a_line_what_is_said_here(
     lines = [setup | {"options": asdict(bundle.Options(answers=bundle.PROBABILITIES))}, {"image": str(image)}]
     answers, give = os.pipe()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "pycache_prefix", None)
     monkeypatch.setattr(sys, "stdin", [json.dumps(line) for line in lines])
     studies.write_image(load(tmp_path / "in"), image)
     assert runners.main([str(give)]) == 0

@@ -233,7 +233,8 @@ def test_a_zip_a_dicomdir_and_a_folder_give_one_series(regular, tmp_path):
     zipped, folder = scan(tmp_path / "study.zip").series[0], scan(regular).series[0]
     assert zipped.digest == folder.digest and zipped.inputs == folder.inputs
     assert np.array_equal(read.assemble(zipped).array, read.assemble(folder).array)
-    for way in (tmp_path / "media" / "DICOMDIR", tmp_path / "media"):
+    (tmp_path / "link").symlink_to(tmp_path / "media")
+    for way in (tmp_path / "media" / "DICOMDIR", tmp_path / "link" / "DICOMDIR", tmp_path / "media"):
         inventory = scan(way)
         assert inventory.findings == ()
         assert np.array_equal(read.assemble(inventory.series[0]).array, read.assemble(folder).array)

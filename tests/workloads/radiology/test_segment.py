@@ -91,6 +91,14 @@ def test_stores_and_nifti_give_the_labels_of_their_series(tmp_path, root):
     assert [finding.code for finding in outcome.context.findings] == ["LABELS_PASSED_OVER"], "DICOM looks past them"
 
 
+def test_what_lies_above_an_input_makes_no_store_of_it(tmp_path, root):
+    above = tmp_path / "cohort.zarr"
+    write(above / "in" / "dicom")
+    volume_store.write(above / "in" / "image.zarr", load(above / "in" / "dicom"), inputs=["a" * 64])
+    outcome = run_map(WORKLOAD, spec(above / "in", root), tmp_path / "w")
+    assert len(outcome.done) == 2 and not outcome.failures and not outcome.context.findings
+
+
 def test_a_store_that_is_not_what_the_bundle_wants_is_refused(tmp_path, root):
     write(tmp_path / "dicom")
     volume = load(tmp_path / "dicom")
