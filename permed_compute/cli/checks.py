@@ -245,7 +245,9 @@ def engines(settings: Settings) -> Iterator[Check]:
         yield Check("ray", level, "not installed", "pip install 'permed-compute[ray]', or --executor inprocess.")
     yield Check("inprocess", "ok", "always there: for debuggers, tests and machines without Ray")
     if shutil.which("sbatch"):
-        yield Check("slurm", "note", "found on this machine; this version does not submit to it yet")
+        to_it = settings.executor == "slurm"
+        said = f"jobs go to it: site {settings.site}" if to_it else "found here; --site NAME submits to it"
+        yield Check("slurm", "ok" if to_it else "note", said)
 
 
 def tracking(settings: Settings) -> Check:

@@ -157,7 +157,7 @@ class _Speaker:
             hire_all(attempt, group)
         # In the group but on none of its CPUs: those are the members', and what they start below them.
         self.ray.remote(AttemptActor).options(
-            name=name, lifetime="detached", get_if_exists=True, max_restarts=0, num_cpus=0, max_concurrency=4,
+            name=name, lifetime="detached", get_if_exists=True, max_restarts=0, num_cpus=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True),
             runtime_env={"env_vars": variables(name, AttemptPaths(Path(root)), "driver")},
         ).remote(root, engine)  # fmt: skip

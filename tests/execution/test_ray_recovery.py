@@ -290,6 +290,16 @@ def test_a_dead_driver_is_gone_with_everything_of_it(ray_executor: RayExecutor, 
     assert ray_executor.end(after)
 
 
+def test_what_ends_by_itself_leaves_the_log_to_the_job(ray_executor: RayExecutor, ray_toys: Toys) -> None:
+    attempt = ray_toys.attempt("squares", workers=2, count=2, say=True)
+    ray_executor.launch(attempt)
+    assert ray_toys.ending(attempt)["outcome"] == "SUCCEEDED"
+    wait_for(lambda: processes.of_attempt(attempt.name) == {}, "the driver to end without being asked")
+    said = attempt.paths.log.read_text(encoding="utf-8").splitlines()
+    assert sorted(said) == ["the number is 0", "the number is 1"]
+    assert ray_executor.end(attempt)
+
+
 @pytest.mark.parametrize("program", ["gcs", "raylet"])
 def test_a_dead_ray_is_cleared_away_and_the_next_launch_starts_another(
     ray_executor: RayExecutor, ray_toys: Toys, program: str
