@@ -14,6 +14,7 @@
     ├── EngineError                 an executor cannot do what was asked (Ray did not start, no such node)
     ├── SiteRefusalError            a site's rules forbid this job; carries `refusals`, each with its source
     ├── WorkloadError               a workload cannot be found, or does not have one of the two shapes
+    ├── StoppedError                a part was asked to stop and gave up half-way; it is computed again
     ├── TransferError               files could not be sent or received now; what is there is gone on from
     │   ├── NoRoomError             the place they should go to is full; nothing half-written is left
     │   └── DamagedError            what arrived is not what was signed and sent
@@ -185,6 +186,12 @@ class WorkloadError(PermedError):
     """A workload cannot be found, or has neither of the two shapes."""
 
     code = "workload"
+
+
+class StoppedError(PermedError):
+    """A part saw `ctx.should_stop()` and gave up half-way. It has not failed: the next attempt computes it."""
+
+    code = "stopped"
 
 
 class TransferError(PermedError):

@@ -290,13 +290,14 @@ class _Handout:
     retries: int
     flying: dict[Future[Row], tuple[int, _Task]] = field(default_factory=dict)
     node_lost: WorkerLost | None = None
+    stopping: bool = False
 
     def run(self) -> None:
         while self.waiting or self.flying:
-            stop = self.ctx.should_stop()
-            if (stop or self.node_lost) and not self.flying:
-                raise _StoppedEarly if stop or self.node_lost is None else self.node_lost
-            if not (stop or self.node_lost):
+            self.stopping = self.stopping or self.ctx.should_stop()
+            if (self.stopping or self.node_lost) and not self.flying:
+                raise _StoppedEarly if self.stopping or self.node_lost is None else self.node_lost
+            if not (self.stopping or self.node_lost):
                 self._hand_out()
             landed, _ = wait(self.flying, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in landed:
@@ -332,6 +333,10 @@ class _Handout:
             raise error
 
     def _landed(self, row: Row, task: _Task) -> None:
+        if row["state"] == PartState.WAITING:  # its member knew before us that the attempt is to stop
+            self.stopping = True
+            self.waiting.appendleft(task)
+            return
         if row["state"] != PartState.FAILED:
             self.drive._settle(row)
             return

@@ -18,7 +18,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
-from permed_compute.errors import EngineError, Finding, PermedError, RefusedInput, StaleError, WorkloadError
+from permed_compute.errors import (
+    EngineError,
+    Finding,
+    PermedError,
+    RefusedInput,
+    StaleError,
+    StoppedError,
+    WorkloadError,
+)
 from permed_compute.execution import gang
 from permed_compute.execution.context import WorkerContext, check_fence, pseudonym_key
 from permed_compute.execution.port import Attempt
@@ -104,7 +112,8 @@ class Member:
         """Load, run and publish one part. Two calls may be under way: one loads while the other runs.
 
         row: part (as `part_row`) and its key. Returns name, key, slot, state, seconds, started (ms), the part's own
-        records, and for FAILED code, reason, remedy. Exceptions of the workload become FAILED rows.
+        records, and for FAILED code, reason, remedy. Exceptions of the workload become FAILED rows; a part that gave up
+        because it was asked to is WAITING.
         """
         part = part_of(row["part"])
         records: list[Row] = []
@@ -129,8 +138,11 @@ class Member:
             raise
         except Exception as error:  # noqa: BLE001 - a part's failure must not stop the others, whatever it raises
             shutil.rmtree(out, ignore_errors=True)
-            base |= {"state": PartState.FAILED.value, **_reason(error)}
-            ctx.log(f"part {part.name} failed: {traceback.format_exc(limit=-8)}")
+            if isinstance(error, StoppedError) and ctx.should_stop():
+                base |= {"state": PartState.WAITING.value}
+            else:
+                base |= {"state": PartState.FAILED.value, **_reason(error)}
+                ctx.log(f"part {part.name} failed: {traceback.format_exc(limit=-8)}")
         finally:
             ctx.digests.save()
         return base | {"seconds": round(time.perf_counter() - clock, 4), "records": records}
@@ -142,6 +154,8 @@ class Member:
             model = self._loaded_model(work, ctx)
             data = work.prepare(data, model, ctx)
             with self._run_lock:
+                if ctx.should_stop():  # while another part ran and this one was loaded
+                    raise StoppedError("The attempt was asked to stop before the part began.")
                 done = work.run(data, model, ctx)
             del data  # what was loaded need not last until all is written
             result = work.finish(done, ctx)

@@ -253,6 +253,28 @@ class ExecutorConformance:
         assert toys.ending(after)["counts"] == {"DONE": 30 - done, "REUSED": done}
         executor.end(after)
 
+    def test_a_part_that_is_asked_to_stop_has_not_failed_and_the_one_behind_it_does_not_begin(
+        self, executor: Executor, toys: Toys
+    ) -> None:
+        attempt = toys.attempt("patient", count=2, retries=0)
+        executor.launch(attempt)
+        wait_for(lambda: toys.runs(0) or toys.runs(1), "a part to begin")
+        write_json(attempt.paths.stop, {"reason": "test"})
+        assert toys.ending(attempt)["outcome"] == "STOPPED"
+        assert toys.rows(attempt, "part") == [] and toys.runs(0) + toys.runs(1) == 1
+        self.ended(executor, attempt)
+        toys.go()
+        after = toys.again(attempt)
+        executor.launch(after)
+        assert toys.ending(after)["counts"] == {"DONE": 2}
+        executor.end(after)
+
+    def test_a_part_that_gives_up_unasked_has_failed(self, executor: Executor, toys: Toys) -> None:
+        attempt = toys.attempt("patient", count=1, retries=0, unasked=True)
+        executor.launch(attempt)
+        assert toys.ending(attempt)["counts"] == {"FAILED": 1}
+        executor.end(attempt)
+
     def test_end_is_confirmed(self, executor: Executor, toys: Toys) -> None:
         attempt = toys.attempt("squares", count=50, gated=1)
         executor.launch(attempt)

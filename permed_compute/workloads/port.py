@@ -150,7 +150,10 @@ class Context(Protocol):
         ...
 
     def should_stop(self) -> bool:
-        """True once the attempt has been asked to checkpoint and stop. Cheap: at most one file look-up per 0.2 s."""
+        """True once the attempt has been asked to checkpoint and stop. Cheap: at most one file look-up per 0.2 s.
+
+        A part that gives up half-way raises `StoppedError`, and is computed again; what it returns is its result.
+        """
         ...
 
     def dask_get(self, *args: Any, **kwargs: Any) -> Any:

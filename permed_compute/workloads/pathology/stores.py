@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from permed_compute.errors import WorkloadError
+from permed_compute.errors import StoppedError
 from permed_compute.spec import JobSpec
 from permed_compute.workloads.pathology import inputs
 from permed_compute.workloads.pathology.source import refuse
@@ -61,7 +61,7 @@ def run(data: tuple[Part, Any], model: None, ctx: Context) -> PartResult:
                 stopping=ctx.should_stop,
             ))  # fmt: skip
         if record is None:
-            raise WorkloadError("Asked to stop in the middle of a slide.", remedy="`permed resume` goes on there.")
+            raise StoppedError("Asked to stop in the middle of a slide.", remedy="`permed resume` goes on there.")
         checked = None
         if part.params["verify"] != "none":
             with ctx.stage("verify"):

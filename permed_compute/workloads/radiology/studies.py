@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from permed_compute.errors import Finding, Problem, RefusedInput, SpecError, WorkloadError
+from permed_compute.errors import Finding, Problem, RefusedInput, SpecError, StoppedError, WorkloadError
 from permed_compute.spec import DataRef, JobSpec, parse_memory
 from permed_compute.workloads.port import Context, Part
 from permed_compute.workloads.radiology import (
@@ -154,13 +154,13 @@ class Budget:
         self._held, self._changed = 0, threading.Condition()
 
     def admit(self, size: int, most: int, stop: Callable[[], bool]) -> None:
-        """Wait until `size` more bytes are at most `most`, or nothing is held. Raises `WorkloadError` once stopped."""
+        """Wait until `size` more bytes are at most `most`, or nothing is held. Raises `StoppedError`."""
         with self._changed:
             while self._held and self._held + size > most:
                 if not self._changed.wait(1.0):
                     gc.collect()  # a study that failed may hang in its own traceback
                     if stop():
-                        raise WorkloadError("The attempt was stopped while a study waited for memory.")
+                        raise StoppedError("The attempt was asked to stop while a study waited for memory.")
             self._held += size
 
     def release(self, size: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from permed_compute import Map, Part, PartResult, Result
-from permed_compute.errors import Finding, RefusedInput
+from permed_compute.errors import Finding, RefusedInput, StoppedError
 from permed_compute.workloads.port import Context, DonePart, Next
 
 
@@ -71,6 +71,19 @@ def total(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) -
 
 
 squares = Map(plan=plan, run=run, reduce=total)
+
+
+def _until_asked(part: Part, model: Any, ctx: Context) -> PartResult:
+    """Goes on until the test's word; gives up where it is to stop, which is right, or for no reason, which is wrong."""
+    (Path(ctx.spec.params["tally"]) / f"{part.params['n']}-{time.time_ns()}").touch()
+    while not _may_go(ctx):
+        if ctx.should_stop() or ctx.spec.params.get("unasked"):
+            raise StoppedError("Half-way.")
+        time.sleep(0.02)
+    return PartResult(values={"square": part.params["n"] ** 2})
+
+
+patient = Map(plan=plan, run=_until_asked, reduce=total)
 
 
 def _named(part: Part, model: str, ctx: Context) -> tuple[int, str]:

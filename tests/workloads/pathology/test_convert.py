@@ -7,11 +7,11 @@ import pytest
 import tifffile
 import zarr
 
-from permed_compute.errors import WorkloadError
+from permed_compute.errors import StoppedError, WorkloadError
 from permed_compute.spec import JobSpec
 from permed_compute.storage import zarr_jpeg
 from permed_compute.storage.shards import shard_file
-from permed_compute.testing.context import run_map
+from permed_compute.testing.context import LocalContext, run_map
 from permed_compute.workloads.pathology import convert as engine
 from permed_compute.workloads.pathology import stores
 from permed_compute.workloads.pathology.convert import convert, estimate, plan_levels
@@ -211,6 +211,15 @@ def test_the_job_converts_the_good_and_names_the_bad(tmp_path):
     assert outcome.result.metrics["slides"] == 3 and (outcome.context.out / "stores.csv").is_file()
     for item in outcome.done:
         assert not verify(tmp_path / "to" / item.values["store"]).wrong and (item.folder / "thumbnail.jpg").is_file()
+
+
+def test_a_slide_that_is_given_up_when_the_job_is_to_stop_has_not_failed(slide, tmp_path):
+    spec = JobSpec(name="t", workload="pathology/convert", inputs=(str(slide),), params={"to": str(tmp_path / "to")})
+    ctx = LocalContext(tmp_path / "work", spec)
+    (part,) = stores.WORKLOAD.plan(spec, {}, ctx)
+    ctx.stop = True
+    with pytest.raises(StoppedError):
+        stores.WORKLOAD.run(stores.WORKLOAD.load(part, ctx), None, ctx)
 
 
 def test_the_export_to_04_holds_the_same_pixels(store, tmp_path):
