@@ -133,8 +133,9 @@ def _need(numbers: Mapping[str, Any]) -> str:
 
 
 def _capacity(wait: Wait, names: list[str]) -> tuple[str, str]:
+    hold = "hold" if len(names) > 1 else "holds"
     return (
-        f"It needs {_need(wait.numbers)}; {', '.join(names) or 'what runs now'} holds what it would use.",
+        f"It needs {_need(wait.numbers)}; {', '.join(names) or 'what runs now'} {hold} what it would use.",
         f"It starts when {names[0] if names else 'one of them'} ends, or is cancelled.",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,16 @@ def compile_anew(folder: Path) -> None:
     What lies there is in no digest, and Python trusts it where length and second of the source agree: an edit within
     one second would run as the code before it. Other folders' compiled files, those of the packages, stay in use.
     """
-    _folders.add(f"{os.path.realpath(folder)}{os.sep}")
+    _folders.add(_real(str(folder)))
     SourceFileLoader.path_stats = _path_stats  # type: ignore[method-assign]
 
 
 def _path_stats(self: SourceFileLoader, path: str) -> Any:
-    if os.path.realpath(path).startswith(tuple(_folders)):
+    if _real(os.path.dirname(path)).startswith(tuple(_folders)):  # noqa: PTH120 - for every module of torch
         raise OSError  # importlib's word for "there is nothing to compare a compiled file with"
     return _stats(self, path)
+
+
+@cache
+def _real(folder: str) -> str:
+    return f"{os.path.realpath(folder)}{os.sep}"
