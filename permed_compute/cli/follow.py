@@ -49,13 +49,15 @@ class Follower:
             self.total, self.stage = int(row["parts"]), "computing"
             # A new round plans new parts; what was reused was recorded just before its plan.
             self.parts = dict(list(self.parts.items())[-self.total :]) if self.total else {}
+        elif kind == "gang":
+            self.stage = "training"
         elif kind == "part":
             self.parts[str(row["name"])] = row
             if self.total and len(self.parts) >= self.total:
                 self.stage = "reducing"
         elif kind == "round":
             self.rounds, self.parts, self.total, self.stage = int(row["round"]), {}, 0, "planning"
-        elif kind == "stage" and row.get("name") == "reduce":
+        elif kind == "stage" and row.get("name") in ("reduce", "train"):
             self.stage = "writing results"
         elif kind == "lost":
             self.lost += 1

@@ -248,6 +248,7 @@ class _Drive:
     def _gang(self, work: Gang, ctx: WorkerContext, crew: Crew) -> Result:
         (self.attempt.paths.root / "rendezvous").unlink(missing_ok=True)
         known = checkpoints.names(self.attempt.paths.job.state)
+        self.records.write("gang", ranks=crew.size)
         row = {"world": crew.size, "out": str(ctx.out), "known": known}
         ranks = [crew.start(slot, "rank", row) for slot in range(crew.size)]
         with ctx.stage("train"):

@@ -90,6 +90,13 @@ def test_records_fold_into_parts_and_a_stage(home: HomePaths) -> None:
     records.write("part", name="c", state="DONE", seconds=1.0)
     follower.look(job)
     assert follower.sentence(job).startswith("reducing")
+    records.close()
+    records = Records(paths.attempt(2).records())
+    records.write("started")
+    records.write("gang", ranks=2)
     follower.look(replace(job, attempt=2))
-    assert follower.total == 0
+    assert follower.total == 0 and follower.sentence(job) == "training"
+    records.write("stage", name="train", seconds=1.0)
+    follower.look(replace(job, attempt=2))
+    assert follower.sentence(job) == "writing results"
     records.close()
