@@ -57,8 +57,10 @@ class Follower:
                 self.stage = "reducing"
         elif kind == "round":
             self.rounds, self.parts, self.total, self.stage = int(row["round"]), {}, 0, "planning"
-        elif kind == "stage" and row.get("name") in ("reduce", "train"):
-            self.stage = "writing results"
+        elif kind == "stage" and (
+            row.get("name") == "reduce" or (row.get("name"), self.stage) == ("train", "training")
+        ):
+            self.stage = "writing results"  # a part of a map may call a stage of its own "train"
         elif kind == "lost":
             self.lost += 1
         elif kind == "retry":
