@@ -19,14 +19,23 @@ import time
 from pathlib import Path
 
 
+def begins(mark):
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def run(part, ctx):
-    """Bytes of a file; `tenths` makes it take its time, `fail` names a content that raises, and all but the one
-    byte wait for the file `until`."""
+    """Bytes of a file; `tenths` makes it take its time, `fail` names a content that raises, and all but the part that
+    begins first wait for the file `until`."""
     for _ in range(int(part.params.get("tenths", 0))):
         time.sleep(0.1)
     text = Path(part.sources[0]).read_text() if part.sources else ""
-    while "until" in part.params and text != "x" and not Path(part.params["until"]).exists() and not ctx.should_stop():
-        time.sleep(0.02)
+    if "until" in part.params and not begins(Path(part.params["until"] + "-first")):
+        while not Path(part.params["until"]).exists() and not ctx.should_stop():
+            time.sleep(0.02)
     if text and text == part.params.get("fail"):
         raise ValueError("as asked")
     ctx.log(f"counted {len(text)} characters")

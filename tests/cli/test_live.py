@@ -91,6 +91,7 @@ def test_top_says_what_runs_with_what_it_was_granted(
     permed: Any, job_file: Path, home: HomePaths, tmp_path: Path
 ) -> None:
     until = tmp_path / "until"
+    (tmp_path / "until-first").touch()  # the only part waits, too
     with open_client(resolve()) as client:
         [job] = client.submit(
             JobSpec.model_validate(
