@@ -68,7 +68,7 @@ def drive(paths: AttemptPaths, make_crew: Callable[[Attempt], Crew], engine: Map
         ending = {"outcome": "LOST", "reason": error.code, "sentence": error.message, "remedy": error.remedy}
     except PermedError as error:
         ending = {"outcome": "FAILED", "reason": error.code, "sentence": error.message, "remedy": error.remedy}
-    except Exception as error:  # noqa: BLE001 - whatever the workload raises ends this attempt, not the controller
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it raises ends this attempt, not the controller
         records.write("log", text=traceback.format_exc(limit=-12))
         sentence = f"{type(error).__name__} in the workload's plan, reduce or training."
         ending = {"outcome": "FAILED", "reason": "code-error", "sentence": sentence, "remedy": "See `permed logs`."}

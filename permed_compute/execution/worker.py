@@ -136,7 +136,7 @@ class Member:
             base |= {"state": entry.record["state"], "first": first}
         except StaleError:
             raise
-        except Exception as error:  # noqa: BLE001 - a part's failure must not stop the others, whatever it raises
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a part's failure must not stop the others
             shutil.rmtree(out, ignore_errors=True)
             if isinstance(error, StoppedError) and ctx.should_stop():
                 base |= {"state": PartState.WAITING.value}
@@ -201,7 +201,7 @@ class Member:
                 self._join(ctx, row["world"])
                 result = work.train(self.attempt.spec, ctx)
                 ctx.settle()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             ctx.log(f"rank {self.slot} failed: {traceback.format_exc(limit=-8)}")
             if isinstance(error, PermedError):
                 raise
@@ -269,7 +269,7 @@ def make_context(
     )  # fmt: skip
 
 
-def _rank_failed(slot: int, error: Exception) -> EngineError:
+def _rank_failed(slot: int, error: BaseException) -> EngineError:
     failed = EngineError(f"Rank {slot}: {type(error).__name__}.", remedy="See `permed logs`.")
     if type(error).__name__ == "OutOfMemoryError":  # torch's; it fitted when it was tried (`learning.training.fitting`)
         failed = EngineError(
@@ -288,7 +288,7 @@ def usage() -> Row:
     }
 
 
-def _reason(error: Exception) -> Row:
+def _reason(error: BaseException) -> Row:
     """A part's failure as a row. A foreign error's text may quote file names: only its kind leaves the log."""
     if isinstance(error, PermedError):
         return {"code": error.code, "reason": error.message, "remedy": error.remedy}

@@ -269,6 +269,21 @@ class ExecutorConformance:
         assert toys.ending(after)["counts"] == {"DONE": 2}
         executor.end(after)
 
+    def test_code_that_ends_its_process_has_failed_and_the_others_go_on(self, executor: Executor, toys: Toys) -> None:
+        attempt = toys.attempt("squares", count=3, quits=[1], retries=0)
+        executor.launch(attempt)
+        assert toys.ending(attempt)["counts"] == {"DONE": 2, "FAILED": 1}
+        [row] = [row for row in toys.rows(attempt, "part") if row["state"] == "FAILED"]
+        assert row["code"] == "code-error" and "SystemExit" in row["reason"]
+        executor.end(attempt)
+
+    def test_a_training_that_ends_its_process_has_failed(self, executor: Executor, toys: Toys) -> None:
+        attempt = toys.attempt("quitter", retries=0)
+        executor.launch(attempt)
+        ending = toys.ending(attempt)
+        assert ending["outcome"] == "FAILED" and "SystemExit" in ending["sentence"], ending
+        executor.end(attempt)
+
     def test_a_part_that_gives_up_unasked_has_failed(self, executor: Executor, toys: Toys) -> None:
         attempt = toys.attempt("patient", count=1, retries=0, unasked=True)
         executor.launch(attempt)

@@ -86,6 +86,11 @@ def find(spec: JobSpec) -> Found:
             f"Module {module_name!r} of workload {spec.workload!r} cannot be imported: {error}.",
             remedy=f"It must be in {where}.",
         ) from error
+    except SystemExit as error:
+        raise WorkloadError(
+            f"Module {module_name!r} of workload {spec.workload!r} ends the process that imports it.",
+            remedy="Put what it does as a script under `if __name__ == '__main__':`.",
+        ) from error
     value = getattr(module, attribute, None)
     if value is None:
         raise WorkloadError(f"Module {module_name!r} has no {attribute!r}.")

@@ -58,6 +58,9 @@ def test_the_shape_is_read_from_the_parameters(tmp_path: Path) -> None:
         registry.find(spec(tmp_path, "namesake:neither"))
     with pytest.raises(WorkloadError, match="has no 'absent'"):
         registry.find(spec(tmp_path, "namesake:absent"))
+    (tmp_path / "namesake.py").write_text("import sys\nsys.exit('usage: …')\n")
+    with pytest.raises(WorkloadError, match="ends the process"):
+        registry.find(spec(tmp_path, "namesake:train"))
     with pytest.raises(WorkloadError, match="no workload"):
         registry.find(JobSpec(name="a", workload="radiology/absent"))
 

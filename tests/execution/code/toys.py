@@ -44,6 +44,8 @@ def run(part: Part, model: Any, ctx: Context) -> PartResult:
         raise ValueError("as the test asked")
     if n in params.get("refused", ()):
         raise RefusedInput(Finding("ODD", f"{n} is refused", "refused", numbers={"n": n}))
+    if n in params.get("quits", ()):
+        sys.exit("as a script would")
     if n in params.get("poison", ()):
         os._exit(7)
     if n in params.get("flaky", ()) and len(list(Path(params["tally"]).glob(f"{n}-*"))) == 1:
@@ -283,3 +285,8 @@ def lonely(spec: Any, ctx: Context) -> Result | None:
         os._exit(9)
     time.sleep(30)
     return Result()
+
+
+def quitter(spec: Any, ctx: Context) -> Result | None:
+    """Ends its process as a script would."""
+    sys.exit("no config")
