@@ -16,7 +16,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from permed_compute.errors import Finding, ModelRefusedError, PermedError, StaleError, WorkloadError
@@ -33,7 +33,7 @@ from permed_compute.states import PartState
 from permed_compute.storage import checkpoints
 from permed_compute.storage.ledger import Ledger, part_key
 from permed_compute.workloads import registry
-from permed_compute.workloads.port import DonePart, Gang, Map, Next, Part, Result
+from permed_compute.workloads.port import DonePart, Gang, Map, Next, Part, Result, as_json
 
 _BEAT_S = 2.0
 _LAST_WORDS_S = 20.0
@@ -137,6 +137,8 @@ class _Drive:
             shutil.rmtree(self.attempt.paths.scratch, ignore_errors=True)
             self._ledger().abandon(self.attempt.job_id)
         ctx.digests.save()
+        if result is not None:
+            result = replace(result, values=as_json(result.values))
         return results.publish(
             self.attempt, staging, result=result, parts=list(self.part_rows.values()), findings=self.findings,
             metrics=self.metrics, stages=self.stages, used=used, engine=self.engine, version=found.version,

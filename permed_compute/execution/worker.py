@@ -38,7 +38,7 @@ from permed_compute.states import PartState
 from permed_compute.storage.digests import DigestCache
 from permed_compute.storage.ledger import Ledger
 from permed_compute.workloads import registry
-from permed_compute.workloads.port import Gang, Map, Part, Result
+from permed_compute.workloads.port import Gang, Map, Part, Result, as_json
 
 Row = dict[str, Any]
 
@@ -162,7 +162,7 @@ class Member:
         except RefusedInput as refused:
             # Deterministic: remembered in the ledger, so that the same bytes are not read again to be refused again.
             return {"reason": str(refused)}, [refused.finding.as_dict()], PartState.REFUSED
-        return dict(result.values), [finding.as_dict() for finding in result.findings], PartState.DONE
+        return as_json(result.values), [finding.as_dict() for finding in result.findings], PartState.DONE
 
     def _loaded_model(self, work: Map, ctx: WorkerContext) -> Any:
         """By the first part that asks; the others wait."""

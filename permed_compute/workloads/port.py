@@ -15,12 +15,13 @@ parameters say the shape: `train(spec, ctx)` is a gang, `run(part, ctx)` is a ma
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from permed_compute.errors import Finding
+from permed_compute.errors import Finding, WorkloadError
 from permed_compute.spec import JobSpec
 from permed_compute.storage.checkpoints import Keep
 
@@ -49,6 +50,21 @@ class PartResult:
 
     values: Mapping[str, Any] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON keeps them: numbers and arrays of NumPy and torch become Python's. Raises `WorkloadError`."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(values), default=_plain))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if callable(to_list := getattr(value, "tolist", None)):
+        return to_list()
+    raise WorkloadError(
+        f"A {type(value).__name__} was returned among the values, which are numbers, words, lists and dicts.",
+        remedy="Convert it, or write it to a file in ctx.out.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

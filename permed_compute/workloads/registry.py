@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import inspect
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,13 @@ def _shaped(value: Any, name: str) -> Workload:
 
 
 def _result(value: Any) -> PartResult:
-    return value if isinstance(value, PartResult) else PartResult(values=value or {})
+    if isinstance(value, PartResult):
+        return value
+    if value is not None and not isinstance(value, Mapping):
+        raise WorkloadError(
+            f"The part returned a {type(value).__name__}.", remedy="Return a dict of values, a PartResult, or nothing."
+        )
+    return PartResult(values=value or {})
 
 
 def _code_digest(folder: Path) -> str:

@@ -51,6 +51,15 @@ def test_changed_code_is_run_and_is_another_version(tmp_path: Path) -> None:
     assert answer(after) == "behind" and after.version != before.version
 
 
+def test_a_part_returns_a_dict_or_nothing(tmp_path: Path) -> None:
+    (tmp_path / "namesake.py").write_text("def run(part, ctx): return part\n")
+    found = registry.find(spec(tmp_path)).workload
+    assert isinstance(found, Map)
+    assert found.run(None, None, None).values == {} and found.run({"a": 1}, None, None).values == {"a": 1}
+    with pytest.raises(WorkloadError, match="returned a list"):
+        found.run([1, 2], None, None)
+
+
 def test_the_shape_is_read_from_the_parameters(tmp_path: Path) -> None:
     (tmp_path / "namesake.py").write_text("def train(spec, ctx): ...\ndef neither(x): ...\n")
     assert isinstance(registry.find(spec(tmp_path, "namesake:train")).workload, Gang)
