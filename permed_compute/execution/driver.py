@@ -138,7 +138,7 @@ class _Drive:
             self._ledger().abandon(self.attempt.job_id)
         ctx.digests.save()
         if result is not None:
-            result = replace(result, values=as_json(result.values))
+            result = replace(result, values=as_json(result.values), metrics=as_json(result.metrics))
         return results.publish(
             self.attempt, staging, result=result, parts=list(self.part_rows.values()), findings=self.findings,
             metrics=self.metrics, stages=self.stages, used=used, engine=self.engine, version=found.version,
@@ -188,7 +188,7 @@ class _Drive:
                 return result, model
             if not isinstance(result, Next):
                 raise WorkloadError(f"reduce returned {type(result).__name__}; it must return Result or Next.")
-            saved = {"round": saved["round"] + 1, "state": dict(result.state)}
+            saved = {"round": saved["round"] + 1, "state": as_json(result.state)}
             write_json(state_file, saved)
             self.records.write("round", round=saved["round"])
 

@@ -83,9 +83,12 @@ def test_a_look_that_failed_is_nobodys_answer() -> None:
     queue = SlowQueue()
     queue.fails = True
     picture = Picture(queue)
+    picture._lock = lock = ToldLock()  # type: ignore[assignment]
     mine = submit(queue, "job")
-    with ThreadPoolExecutor(2) as pool:
-        calls = [pool.submit(picture.look) for _ in range(2)]
+    with ThreadPoolExecutor(3) as pool:  # the third would take the second's
+        calls = [pool.submit(picture.look) for _ in range(3)]
+        for _ in calls:
+            assert lock.wanted.acquire(timeout=60)
         queue.gate.set()
         for each in calls:
             with pytest.raises(QueueError):

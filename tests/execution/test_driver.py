@@ -5,6 +5,8 @@ from __future__ import annotations
 from concurrent.futures import Future
 from pathlib import Path
 
+import pytest
+
 from permed_compute.execution import inprocess
 from permed_compute.execution.driver import drive
 from permed_compute.execution.port import Attempt
@@ -47,3 +49,15 @@ def test_what_runs_elsewhere_is_finished_and_the_rest_left_to_the_next_attempt(
     drive(after.paths, inprocess._crew, {})
     assert toys.ending(after)["counts"] == {"DONE": 6 - done, "REUSED": done}
     assert [toys.runs(n) for n in range(6)] == [1] * 6
+
+
+@pytest.mark.parametrize("workload", ["numbers", "trained"])
+def test_numbers_of_numpy_reach_the_results(home: HomePaths, code: Path, tmp_path: Path, workload: str) -> None:
+    toys = Toys(home, code, tmp_path / "tally")
+    attempt = toys.attempt(workload, count=2)
+    drive(attempt.paths, inprocess._crew, {})
+    assert toys.ending(attempt)["outcome"] == "SUCCEEDED", toys.ending(attempt)
+    result = toys.result(attempt)
+    assert result["values"]["half"] == 0.5 and result["metrics"]["loss"] == 0.25
+    if workload == "numbers":
+        assert result["values"]["before"] == 2 and result["values"]["squares"] == [0, 1, 4]

@@ -287,6 +287,30 @@ def lonely(spec: Any, ctx: Context) -> Result | None:
     return Result()
 
 
+def _numbers(part: Part, model: Any, ctx: Context) -> PartResult:
+    import numpy as np
+
+    return PartResult({"half": np.float32(0.5), "squares": np.arange(3) ** 2})
+
+
+def _in_rounds(results: Sequence[DonePart], state: Mapping[str, Any], ctx: Context) -> Result | Next:
+    import numpy as np
+
+    if not state:
+        return Next({"count": np.int64(len(results))})
+    values = {"half": np.float32(0.5), "before": state["count"], "squares": results[0].values["squares"]}
+    return Result(values, {"loss": np.float32(0.25)})
+
+
+numbers = Map(plan=plan, run=_numbers, reduce=_in_rounds)
+
+
+def trained(spec: Any, ctx: Context) -> Result | None:
+    import numpy as np
+
+    return Result({"half": np.float32(0.5)}, {"loss": np.float32(0.25)})
+
+
 def quitter(spec: Any, ctx: Context) -> Result | None:
     """Ends its process as a script would."""
     sys.exit("no config")

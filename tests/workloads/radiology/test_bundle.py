@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
+import py_compile
 import stat
 import sys
 from pathlib import Path
@@ -225,6 +227,18 @@ def test_a_bundle_without_a_network_is_named(tmp_path):
     (root / bundle.CONFIG).write_text(json.dumps(made))
     with pytest.raises(WorkloadError, match="no network_def"):
         plain(root, tmp_path)
+
+
+def test_a_bundles_code_is_what_its_digest_is_of(tmp_path, monkeypatch):
+    """Not a compiled file that says something else of the same source."""
+    root = write_bundle(tmp_path / "b", config())
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    code = root / "own_code.py"
+    code.write_text("SAYS = 'cached'\n")
+    py_compile.compile(str(code), doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    code.write_text("SAYS = 'source'\n")
+    plain(root, tmp_path)
+    assert importlib.import_module("own_code").SAYS == "source"
 
 
 # ------------------------------------------------------------------------------------------------ sealed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import py_compile
 import re
 import socket
 from pathlib import Path
@@ -91,6 +92,15 @@ def test_its_predictions_are_judged_beside_ours(cases: Path) -> None:
     assert set(told["models"]) == {"ours", "theirs"} and not told["models"]["theirs"]["unusable"]
     assert told["models"]["theirs"]["structures"]["1"]["dice"]["mean"] == 1.0
     assert not list((cases / "w").rglob("image.nii")), "what it was given stays nowhere"
+
+
+def test_its_code_is_what_its_digest_is_of(cases: Path) -> None:
+    """Not a compiled file that says something else of the same source."""
+    (cases / "model").mkdir()
+    code = cases / "model" / "vendor.py"
+    code.write_text("raise RuntimeError\n")
+    py_compile.compile(str(code), doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    assert run(cases, {"vendor.py": GOOD}).result.values["without_labels"] == 0
 
 
 def test_a_bare_socket_in_its_own_code_is_an_attempt(cases: Path) -> None:
